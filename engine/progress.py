@@ -40,7 +40,8 @@ class PlainBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._print("stopped" if kind else "done")
+        if kind is None or self.done:  # a refusal before the first unit is told by its error alone
+            self._print("stopped" if kind else "done")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         self.done += count
