@@ -1,0 +1,82 @@
+// retinar.kernels._native: the binding of the CPU kernels. Arrays cross by DLPack; the GIL is released while they run.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "native/isa.h"
+#include "rms_norm/cpu.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using retinar::Isa;
+
+namespace {
+
+using Input = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
+using Output = nb::ndarray<nb::device::cpu, nb::c_contig>;
+
+constexpr Isa all[] = {Isa::portable, Isa::avx2, Isa::avx512};
+
+const char* name(Isa isa) { return retinar::names[static_cast<int>(isa)]; }
+
+std::vector<std::string> runnable() {
+  std::vector<std::string> found;
+  for (Isa isa : all) {
+    if (retinar::runnable(isa)) found.emplace_back(name(isa));
+  }
+  return found;
+}
+
+Isa choose(const std::optional<std::string>& wanted) {
+  if (!wanted) {
+    static const Isa best = retinar::best();
+    return best;
+  }
+  for (Isa isa : all) {
+    if (*wanted == name(isa) && retinar::runnable(isa)) return isa;
+  }
+  throw std::invalid_argument("instruction set " + *wanted + " is unknown or does not run on this processor");
+}
+
+bool is_bfloat16(nb::dlpack::dtype type) {
+  return type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16 && type.lanes == 1;
+}
+
+void rms_norm(const Input& x, const Input& weight, const Output& out, float eps,
+              const std::optional<std::string>& isa) {
+  if (x.ndim() != 2 || out.ndim() != 2 || weight.ndim() != 1 || x.shape(0) != out.shape(0) ||
+      x.shape(1) != out.shape(1) || x.shape(1) != weight.shape(0)) {
+    throw std::invalid_argument("rms_norm: expected x [rows, width], weight [width], out [rows, width]");
+  }
+  const bool bfloat16 = is_bfloat16(x.dtype());
+  if (x.dtype() != weight.dtype() || x.dtype() != out.dtype() || (!bfloat16 && x.dtype() != nb::dtype<float>())) {
+    throw std::invalid_argument("rms_norm: expected float32 or bfloat16, the same for all three arrays");
+  }
+  const retinar::RmsNorm call{x.data(),
+                              weight.data(),
+                              out.data(),
+                              static_cast<std::int64_t>(x.shape(0)),
+                              static_cast<std::int64_t>(x.shape(1)),
+                              eps,
+                              bfloat16};
+  const auto run = RETINAR_SELECT(choose(isa), rms_norm);
+  const nb::gil_scoped_release released;
+  run(call);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  module.doc() = "Native CPU kernels of retinar.";
+  module.def("isa", [] { return std::string(name(choose(std::nullopt))); }, "The instruction set in use.");
+  module.def("isas", &runnable, "The instruction sets that this processor can run.");
+  module.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(), "eps"_a,
+             "isa"_a.none() = nb::none(), "RMSNorm forward into out; isa names one instruction set.");
+}
