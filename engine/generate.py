@@ -79,7 +79,7 @@ def generate_folder(
     items = _items(sampler, sampler.requests(labels, params, seed, start_index))
     height, width = _image_size(sampler)
 
-    limits = {"max_images": max_images, "page_size": page_size, "pages": pages}
+    limits: dict[str, Any] = {"max_images": max_images, "page_size": page_size, "pages": pages}
     sampler.plan([item.request for item in items], **limits)  # refused before anything is written
 
     out = Path(out)

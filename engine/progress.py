@@ -1,4 +1,4 @@
-"""Progress of long work, without a dependency: the command line passes a drawing implementation, others get plain lines."""
+"""Progress of long work, without a dependency: the command line passes one that draws, others get plain lines."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _device(recorded: dict[str, Any]) -> str:
 def _backend(recorded: dict[str, Any]) -> str | None:
     """The recorded kernels where they can run here, else the default."""
     backend = recorded.get("backend")
-    return backend if ops.backends("decode_step").get(backend, "unknown") is None else None
+    return backend if ops.backends("decode_step").get(str(backend), "unknown") is None else None
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def photographs() -> Path:
-    """Real photographs in OIA-DDR's layout; they may not be redistributed and lie beside the checkout where there are any."""
+    """Real photographs in OIA-DDR's layout, beside the checkout where there are any: never to be redistributed."""
     folder = ROOT.parent / "shared" / "data" / "DR_grading"
     if not folder.is_dir():
         pytest.skip("the photographs ../shared/data/DR_grading are missing (they may not be redistributed)")

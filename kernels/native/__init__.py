@@ -17,7 +17,7 @@ class NativeInfo(TypedDict):
 def native_module() -> tuple[ModuleType | None, str | None]:
     """``retinar.kernels._native`` and None, or None and the reason why it cannot be had."""
     try:
-        from retinar.kernels import _native
+        from retinar.kernels import _native  # type: ignore[attr-defined]  # compiled, no stub
     except ImportError as error:
         return None, f"the compiled module retinar.kernels._native is not there ({error}); build it: pip install -e ."
     return _native, None

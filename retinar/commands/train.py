@@ -1,0 +1,147 @@
+"""retinar train: a tokenizer on photographs, or a transformer on their codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from retinar.engine.progress import Progress
+
+
+@dataclass
+class Train:
+    """Train a tokenizer on prepared photographs, or a transformer (gpt) on codes, from a recipe.
+
+    Example: retinar train gpt --recipe fundus-cpu --data codes --tokenizer runs/vq/model --out runs/gpt
+    """
+
+    what: Annotated[Literal["tokenizer", "gpt"], tyro.conf.Positional]
+    """What to train."""
+    recipe: str | None = None
+    """The complete config to start from; with --resume by default the run's own."""
+    data: Path | None = None
+    """tokenizer: the folder that `retinar prepare` wrote. gpt: the codes that `retinar encode` wrote (or a folder with
+    train/ and valid/ codes).
+    """
+    out: Path | None = None
+    """The run's folder: config, metrics, checkpoints, and the finished model in model/."""
+    set: tuple[str, ...] = ()
+    """Changes to the recipe, key=value (--set optim.lr=2e-4 batch_size=16); --print-config shows every key."""
+    resume: bool = False
+    """Go on with the run in --out from its newest checkpoint."""
+    init: Path | None = None
+    """A checkpoint to start from: our folder, or an upstream file."""
+    tokenizer: Path | None = None
+    """gpt: the tokenizer that made the codes, to be put into the exported model so that it can sample by itself."""
+    valid: Path | None = None
+    """gpt: codes of the validation split."""
+    max_minutes: float | None = None
+    """Save, export and stop after so many minutes; --resume goes on."""
+    print_config: bool = False
+    """Print the complete config as JSON and do nothing else."""
+
+    def run(self, progress: Progress) -> dict[str, object]:
+        from retinar.engine.errors import InputError
+        from retinar.train.config import apply_overrides
+
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise InputError(f"Expected --max-minutes above 0, found {self.max_minutes}: leave it out for no limit.")
+        config = apply_overrides(self._start(), self.set)
+        if self.print_config:
+            return self._config(config)
+        if self.data is None or self.out is None:
+            missing = "--data" if self.data is None else "--out"
+            raise InputError(f"Expected {missing} for training, found none: see `retinar train --help`.")
+        result = self._gpt(config, progress) if self.what == "gpt" else self._tokenizer(config, progress)
+        return {
+            "run": str(self.out),
+            "step": result.step,
+            "steps": result.steps,
+            "ended": result.reason,
+            **{name: value for name, value in result.values.items() if name != "step"},
+            "model": str(result.model) if result.model else None,
+        }
+
+    def _start(self) -> Any:
+        """The config before --set: the recipe's, or the run's own."""
+        from retinar.engine.errors import InputError
+        from retinar.train import recipes
+        from retinar.train.config import GPTTrainConfig, TokenizerTrainConfig, from_dict
+        from retinar.train.state import read_run
+
+        known = recipes.GPT_RECIPES if self.what == "gpt" else recipes.TOKENIZER_RECIPES
+        if self.recipe is not None:
+            return recipes.gpt_recipe(self.recipe) if self.what == "gpt" else recipes.tokenizer_recipe(self.recipe)
+        if self.resume and self.out is not None:
+            stored = read_run(self.out)
+            if stored["task"] != self.what:
+                raise InputError(
+                    f"Expected a {self.what} run in {self.out}, found a {stored['task']} run: check --out."
+                )
+            return from_dict(GPTTrainConfig if self.what == "gpt" else TokenizerTrainConfig, stored["config"])
+        raise InputError(f"Expected --recipe, found none: known are {', '.join(known)}.")
+
+    def _config(self, config: Any) -> dict[str, object]:
+        """The complete config, as the codes in --data (if given) fit it."""
+        from retinar.train.codes import CodeSet
+        from retinar.train.config import apply_overrides, to_dict
+
+        if self.what == "gpt" and self.data is not None:
+            from retinar.train.gpt import default_codes, fit_to_codes
+
+            config = apply_overrides(fit_to_codes(config, CodeSet(default_codes(self.data)[0])), self.set)
+        return to_dict(config)
+
+    def render(self, summary: Mapping[str, Any]) -> str:
+        """The summary as text; a config as JSON."""
+        from retinar import ui
+
+        return json.dumps(summary, indent=2) if self.print_config else "\n".join(ui.lines(summary))
+
+    def _gpt(self, config: Any, progress: Progress) -> Any:
+        from retinar.train.codes import CodeSet
+        from retinar.train.config import apply_overrides
+        from retinar.train.gpt import default_codes, fit_to_codes, train_gpt
+
+        assert self.data is not None and self.out is not None
+        if self.tokenizer is None:
+            print("no --tokenizer: the model will need one to make images.", file=sys.stderr, flush=True)
+        data, valid = default_codes(self.data)
+        config = apply_overrides(fit_to_codes(config, CodeSet(data)), self.set)  # what is said by hand wins
+        return train_gpt(
+            config,
+            data,
+            self.out,
+            valid=self.valid or valid,
+            tokenizer=self.tokenizer,
+            init=self.init,
+            resume=self.resume,
+            max_minutes=self.max_minutes,
+            progress=progress,
+        )
+
+    def _tokenizer(self, config: Any, progress: Progress) -> Any:
+        from retinar.engine.errors import InputError
+        from retinar.train.tokenizer import train_tokenizer
+
+        assert self.data is not None and self.out is not None
+        for flag, value in (("--tokenizer", self.tokenizer), ("--valid", self.valid)):
+            if value is not None:
+                raise InputError(
+                    f"Expected {flag} with `train gpt` only, found it with `train tokenizer`: leave it out."
+                )
+        return train_tokenizer(
+            config,
+            self.data,
+            self.out,
+            init=self.init,
+            resume=self.resume,
+            max_minutes=self.max_minutes,
+            progress=progress,
+        )

@@ -1,0 +1,32 @@
+"""How many steps a given time pays for, measured on the machine at hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from retinar.train.loop import Task
+from retinar.train.rng import preserved_rng
+
+
+def affordable_steps(minutes: float, seconds: Sequence[tuple[float, float]], most: int) -> int:
+    """Steps that ``minutes`` pay for, from 1 to ``most``; ``seconds``: (share of the steps, seconds a step)."""
+    mean = sum(share * cost for share, cost in seconds)
+    return max(1, min(most, int(60.0 * minutes / mean)))
+
+
+def seconds_per_step(task: Task, steps: Sequence[int]) -> float:
+    """Mean time of these steps of a task made for the purpose; two of them warm up. What it draws is taken back."""
+    with preserved_rng():
+        for step in steps[:2]:
+            _settle(task.step(step))
+        began = time.monotonic()
+        for step in steps:
+            _settle(task.step(step))
+    return (time.monotonic() - began) / len(steps)
+
+
+def _settle(values: Any) -> None:
+    """Reading the loss waits for the GPU."""
+    float(values["loss"])

@@ -1,0 +1,45 @@
+"""Where a run computes: the device, the autocast region, and torch.compile where it can work."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from retinar.engine.errors import InputError
+from retinar.train.config import Precision
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a config names; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"Expected device auto, cpu or cuda, found {name!r}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("Expected a GPU for device=cuda, found none that torch can use: set device=cpu or auto.")
+    return device
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The region for forward passes: bf16 matrix products under "bf16" (weights stay fp32), nothing under "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compile_parts(parts: Iterable[nn.Module], device: torch.device) -> None:
+    """torch.compile every module in place (state dicts keep their names); a printed line where that cannot work."""
+    if device.type == "cuda":
+        missing = None if importlib.util.find_spec("triton") else "triton"
+    else:
+        missing = None if any(shutil.which(name) for name in ("c++", "g++", "clang++")) else "a C++ compiler"
+    if missing is not None:
+        print(f"torch.compile needs {missing}: training uncompiled.", file=sys.stderr, flush=True)
+        return
+    for part in parts:
+        part.compile()

@@ -1,0 +1,43 @@
+"""Which images a step sees: a pure function of (seed, step), so that there is no sampler state to save or to lose."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+class Order:
+    """Endless shuffled passes over ``images``, each image with a view of ``views`` drawn anew every pass.
+
+    Pass e's permutation and views depend on (seed, e) alone. Step s takes the s-th run of ``batch_size`` entries of the
+    passes put one after another: within a pass nothing repeats or is left out, a batch may straddle two passes, and
+    data sets smaller than a batch work. A process of a parallel run takes its rows of :meth:`batch`.
+    """
+
+    def __init__(self, images: int, batch_size: int, *, seed: int, views: int = 1) -> None:
+        if images < 1:
+            raise ValueError(f"Expected at least one image to train on, found {images}.")
+        self.images, self.batch_size, self.seed, self.views = images, batch_size, seed, views
+        self._pass: tuple[int, Indices, Indices] | None = None
+
+    def batch(self, step: int) -> tuple[Indices, Indices]:
+        """Image and view indices of step ``step`` (counted from 0), each int64 [batch_size]."""
+        first = step * self.batch_size
+        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
+        images, views = np.empty_like(positions), np.empty_like(positions)
+        passes = positions // self.images
+        for epoch in np.unique(passes):
+            mine = passes == epoch
+            order, drawn = self._epoch(int(epoch))
+            images[mine] = order[positions[mine] % self.images]
+            views[mine] = drawn[positions[mine] % self.images]
+        return images, views
+
+    def _epoch(self, epoch: int) -> tuple[Indices, Indices]:
+        if self._pass is None or self._pass[0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            order = generator.permutation(self.images).astype(np.int64)
+            self._pass = (epoch, order, generator.integers(self.views, size=self.images, dtype=np.int64))
+        return self._pass[1], self._pass[2]
