@@ -8,9 +8,9 @@ all, and its weights are checked against the digest in ``config.json`` when they
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ OWN_FIELDS = ("format", "kind", "retinar", "config", "sha256", "classes")
 """The keys of config.json that save_gpt and save_tokenizer write; others are the caller's (``extra``)."""
 _WINDOW = "quantize.codebook_used"
 
+Model = TypeVar("Model", GPT, VQTokenizer)
+
 
 def load_gpt(
     path: Path | str,
@@ -74,8 +76,7 @@ def load_gpt(
         config = file.config if config is None else config
         settings = infer_gpt_config(config, to_upstream_state_dict(file.weights), file.args, str(path))
         weights = {key: _cast(key, tensor, dtype) for key, tensor in file.weights.items()}
-    with torch.device("meta"):
-        model = GPT(settings)
+    model = _build(GPT, settings, weights, path)
     fill(model, weights, path)
     return model.to(device).eval()
 
@@ -102,8 +103,7 @@ def load_tokenizer(
         config = file.config if config is None else config
         settings = infer_tokenizer_config(config, file.weights, file.args, str(path))
         weights = {key: _cast(key, tensor, dtype) for key, tensor in file.weights.items()}
-    with torch.device("meta"):
-        model = VQTokenizer(settings)
+    model = _build(VQTokenizer, settings, weights, path)
     # Files written without usage tracking have no window: it starts empty.
     weights.setdefault(_WINDOW, torch.zeros(model.quantize.codebook_used.shape, dtype=torch.int32))
     fill(model, weights, path)
@@ -128,6 +128,13 @@ def save_gpt(
     if classes and len(classes) != model.config.num_classes:
         raise InputError(
             f"Expected {model.config.num_classes} class names, found {len(classes)} ({', '.join(classes)}): name each."
+        )
+    if len(set(classes)) != len(classes):
+        raise InputError(f"Expected a different name for each class, found {', '.join(classes)}: rename one.")
+    if tokenizer is not None and tokenizer.config.codebook_size != model.config.vocab_size:
+        raise InputError(
+            f"Expected a tokenizer of {model.config.vocab_size} codes, found one of {tokenizer.config.codebook_size}: "
+            "give the one that the transformer was trained with."
         )
     with atomic_folder(folder, is_ours) as partial:
         write_folder(partial, model, classes=classes, card=card, extra=extra, max_shard_bytes=max_shard_bytes)
@@ -199,6 +206,9 @@ def read_config(path: Path | str) -> dict[str, Any]:
         raise InputError(
             f"Expected checkpoint format {FORMAT} in {file}, found {value.get('format')!r}: use a newer retinar."
         )
+    classes = value.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"Expected classes in {file} as a list of names, found {classes!r}: correct the file.")
     return value
 
 
@@ -227,6 +237,21 @@ def is_ours(folder: Path) -> bool:
     except InputError:
         return False
     return all(name in known or disk.SHARD.fullmatch(name) for name in names)
+
+
+def _build(kind: Callable[[Any], Model], settings: Any, weights: Mapping[str, Tensor], path: Path) -> Model:
+    """The empty model; InputError where a damaged config asks for one of absurd size."""
+    blocks = settings.n_layer if isinstance(settings, GPTConfig) else settings.num_res_blocks
+    try:
+        if blocks > max(1000, len(weights)):  # minutes of building; fewer are built, and fill names what is missing
+            raise RuntimeError(f"{blocks} blocks for {len(weights)} weights")
+        with torch.device("meta"):
+            return kind(settings)
+    except (RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"Expected a config of the size of the weights in {path}, found one that cannot be built ({error}): "
+            "correct the config."
+        ) from error
 
 
 def _stated(config: Any, fields_of: Any) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from retinar.engine.errors import InputError
 from retinar.engine.fields import ConfigSource, checked, positive, probabilities, read, strip
 
 
+MAX_GRID = 1024
+"""Far beyond use (8,192 pixels at 8 a code): a damaged config must not ask for terabytes of rotary table."""
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The transformer. Lengths are counts; ``*_p``, ``*_prob`` and ``*_rate`` are probabilities in [0, 1)."""
@@ -45,6 +49,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         positive(self, "n_layer", "n_head", "dim", "multiple_of", "vocab_size", "num_classes", "grid")
         positive(self, "rope_base", "norm_eps")
+        if self.grid > MAX_GRID:
+            raise InputError(f"Expected grid up to {MAX_GRID} codes a side, found {self.grid}: correct the config.")
         probabilities(self, "token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p")
         probabilities(self, "drop_path_rate", "class_dropout_prob")
         if self.cls_token_num != 1:
@@ -227,7 +233,12 @@ def gpt_fields(source: ConfigSource) -> dict[str, Any]:
     fields = strip(fields, _GPT_INERT, _GPT_FIXED)
     pixels, factor = fields.pop("image_size", None), fields.pop("downsample_size", None)
     if pixels is not None and factor is not None:
-        fields.setdefault("grid", int(pixels) // int(factor))
+        if not all(isinstance(number, int) and number > 0 for number in (pixels, factor)):
+            raise InputError(
+                f"Expected image_size and downsample_size as whole numbers above 0, found {pixels!r} and {factor!r}: "
+                "correct the config."
+            )
+        fields.setdefault("grid", pixels // factor)
     if "block_size" in fields:
         block_size = fields.pop("block_size")
         grid = math.isqrt(block_size) if isinstance(block_size, int) and block_size > 0 else 0
@@ -252,6 +263,8 @@ def tokenizer_fields(source: ConfigSource) -> dict[str, Any]:
     fields = strip(fields, _VQ_INERT, _VQ_FIXED)
     stated = [fields.pop(key) for key in ("encoder_ch_mult", "decoder_ch_mult") if key in fields]
     for mult in stated:
+        if not all(isinstance(given, (list, tuple)) for given in (mult, fields.get("ch_mult", mult))):
+            raise InputError(f"Expected ch_mult as a list of whole numbers, found {mult!r}: give one for each level.")
         if tuple(fields.setdefault("ch_mult", mult)) != tuple(mult):
             raise InputError(
                 f"Expected one ch_mult for encoder and decoder, found {fields['ch_mult']} and {mult}: make them equal."

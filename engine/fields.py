@@ -33,6 +33,8 @@ def read(source: ConfigSource, sizes: Mapping[str, dict[str, Any]], what: str) -
             return read(fields["config"], sizes, what)
         named = [fields.pop(key) for key in _SIZE_KEYS if key in fields]
         return {**_size(str(named[0]), sizes, what), **fields} if named else fields
+    if isinstance(source, str) and any(source.lower() == known.lower() for known in sizes):
+        return _size(source, sizes, what)  # even where a file or folder, as of a run's results, has that name
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"

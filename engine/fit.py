@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from retinar.engine.errors import InputError
@@ -25,6 +26,12 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path | str) -> 
             "check the number of layers or levels in the config."
         )
     for key, tensor in expected.items():
+        kinds = tensor.is_floating_point(), weights[key].is_floating_point()
+        if kinds[0] != kinds[1] or weights[key].layout != torch.strided:
+            raise InputError(
+                f"Expected {key} as plain {'floating point' if kinds[0] else 'whole'} numbers, found "
+                f"{weights[key].dtype} ({weights[key].layout}) in {where}: give another file."
+            )
         if tensor.shape != weights[key].shape:
             raise InputError(
                 f"Expected {key} of shape {list(tensor.shape)}, found {list(weights[key].shape)} in {where}: "

@@ -19,7 +19,7 @@ def atomic_folder(folder: Path | str, ours: Callable[[Path], bool]) -> Iterator[
     not; an empty one always may. Whoever looks finds the old folder or the new one; a power cut between the two renames
     of a replacement leaves the old one beside its place as ``.NAME.old``. Raises OSError as the file system does.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # a link stays, and what it points to is replaced
     if os.path.lexists(folder) and not (folder.is_dir() and (not any(folder.iterdir()) or ours(folder))):
         raise InputError(
             f"Expected {folder} to be free or to hold a checkpoint to replace, found other files: choose another name."

@@ -28,6 +28,8 @@ from retinar.engine.progress import Progress, plain
 from retinar.engine.request import Request, SamplingParams, label_name
 from retinar.engine.sampler import Sampler
 
+# The fields of a config that change images and that no weight shows: the digests say nothing about them.
+UNSHOWN = ("n_head", "n_kv_head", "grid", "rope_base", "norm_eps", "norm_groups")
 # What may differ between a run and its continuation: where the files lie, and what each image records for itself.
 NOT_COMPARED = ("version", "implementation", "model", "tokenizer_path", "config")
 
@@ -89,10 +91,11 @@ def generate_folder(
         "version": __version__,
         "checkpoint": sampler.origin.checkpoint,
         "tokenizer": sampler.origin.tokenizer,
+        "config_read": _config_read(sampler),
         "dtype": sampler.origin.dtype,
         "parameters": params.to_dict(),
-        "seed": seed,
-        "start_index": start_index,
+        "seed": int(seed),
+        "start_index": int(start_index),
         "labels": _counts(items, sampler.classes),
         "implementation": sampler.origin.implementation,
         "model": None if model is None else str(Path(model).resolve()),
@@ -114,6 +117,11 @@ def generate_folder(
     if foreign:
         summary["kept_from_another_implementation"] = foreign
     return summary
+
+
+def _config_read(sampler: Sampler) -> dict[str, dict[str, Any]]:
+    configs = {"transformer": sampler.config.to_dict(), "tokenizer": sampler.require_tokenizer().config.to_dict()}
+    return {name: {key: config[key] for key in UNSHOWN if key in config} for name, config in configs.items()}
 
 
 def _items(sampler: Sampler, requests: Sequence[Request]) -> list[Item]:

@@ -42,9 +42,10 @@ def infer_gpt_config(
     stated = {} if config is None else gpt_fields(config)
     flags = gpt_fields({key: args[key] for key in _FLAGS if args.get(key) is not None})
     fields = {**_gpt_shapes(weights, where), **flags, **stated}
-    if config is None and "grid" not in fields:
+    named = str(config).lower() in {name.lower() for name in GPT_SIZES}  # a size's name means its 32 codes a side
+    if "grid" not in fields and not named:
         raise InputError(
-            f"Expected a config for {where} (no weight shows its grid), found none: "
+            f"Expected a config with the grid of {where} (no weight shows its grid), found none: "
             'give a size\'s name (grid 32), a JSON file, or at least {"grid": codes per side}.'
         )
     if "n_head" not in fields:
@@ -75,7 +76,7 @@ def infer_tokenizer_config(
     stated = {} if config is None else tokenizer_fields(config)
     try:
         shown = _tokenizer_shapes(weights)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(f"Expected a LlamaGen tokenizer in {where}, found other weights ({error}).") from error
     flags = {"image_size": args["image_size"]} if isinstance(args.get("image_size"), int) else {}
     return build_tokenizer_config({**shown, **flags, **stated})
@@ -85,7 +86,9 @@ def _gpt_shapes(weights: Shapes, where: str) -> dict[str, Any]:
     try:
         vocab_size, dim = weights["tok_embeddings.weight"].shape
         class_rows = weights["cls_embedding.embedding_table.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+        if not dim:
+            raise ValueError("a width of 0")
+    except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"Expected a class-conditional transformer in {where}, found other weights.") from error
     layers = {int(match[1]) for key in weights if (match := re.match(r"layers\.(\d+)\.", key))}
     return {
@@ -123,4 +126,4 @@ def _tokenizer_shapes(weights: Shapes) -> dict[str, Any]:
 
 
 def _rows(weights: Shapes, key: str) -> int | None:
-    return weights[key].shape[0] if key in weights else None
+    return weights[key].shape[0] if key in weights and weights[key].ndim else None

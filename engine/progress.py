@@ -27,7 +27,7 @@ Progress = Callable[[str, int | None], Bar]
 
 
 class PlainBar:
-    """Lines on stderr: the first unit, then at most one line every ``interval`` seconds, then a closing line."""
+    """Lines on stderr: at most one every ``interval`` seconds, then a closing line."""
 
     def __init__(self, label: str, total: int | None, interval: float = 10.0) -> None:
         self.label, self.total, self.interval = label, total, interval

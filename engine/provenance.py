@@ -116,7 +116,9 @@ def read(path: Path | str) -> Provenance:
     itself.
     """
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            start = file.read(len(_SIGNATURE))  # before the rest, which may be a video of gigabytes or endless
+            data = start + file.read() if start == _SIGNATURE else start
         _check_chunks(data)
         with Image.open(io.BytesIO(data)) as image:
             fields = {name: str(image.info[name]) for name in FIELDS if name in image.info}
@@ -134,7 +136,11 @@ def read(path: Path | str) -> Provenance:
     try:
         params = SamplingParams(**json.loads(fields["parameters"]))
         request = make_request(int(fields["index"]), int(fields["class"]), params, int(fields["seed"]))
-        return Provenance(fields, request, json.loads(fields["implementation"]), pixels_HWC)
+        made_by = json.loads(fields["implementation"])
+        if not isinstance(made_by, dict):
+            raise ValueError(f"the implementation is {made_by!r}")
+        base64.b64decode(fields["codes"], validate=True)
+        return Provenance(fields, request, made_by, pixels_HWC)
     except (ValueError, TypeError) as error:
         raise InputError(f"the provenance in {path} is damaged ({error}); use the original file") from error
 

@@ -36,6 +36,8 @@ def reproduce(
     """
     found = provenance.read(file)
     recorded = found.implementation
+    if found.fields["dtype"] not in DTYPES:
+        raise InputError(f"the provenance in {file} is damaged (dtype {found.fields['dtype']}); use the original file")
     model, tokenizer, config = _origin(Path(file), model, tokenizer, config)
     with _threads(recorded.get("threads")):
         sampler = Sampler.from_pretrained(
@@ -49,6 +51,10 @@ def reproduce(
         origin = sampler.origin
         _same("checkpoint", "--model", found.fields["checkpoint"], origin.checkpoint, file, model)
         _same("tokenizer", "--tokenizer", found.fields["tokenizer"], origin.tokenizer, file, tokenizer or model)
+        if not 0 <= found.request.label < sampler.config.num_classes:
+            raise InputError(
+                f"the provenance in {file} is damaged (class {found.request.label}); use the original file"
+            )
         [again] = sampler.sample([found.request], max_images=1, progress=progress)
 
     codes_T = provenance.unpack_codes(found.fields["codes"], origin.vocab_size)
@@ -99,8 +105,8 @@ def _origin(
     run: dict[str, Any] = {}
     if model is None and record.is_file():
         try:
-            run = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
+            run = dict(json.loads(record.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise InputError(f"{record} is damaged ({error}); name the checkpoint with --model") from error
     model = model or run.get("model")
     tokenizer = tokenizer or run.get("tokenizer_path")
@@ -129,10 +135,10 @@ def _backend(recorded: dict[str, Any]) -> str | None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(count: object) -> Iterator[None]:
     """Torch's thread count as it was when the image was made, if there are that many cores."""
     before = torch.get_num_threads()
-    if count and count <= (os.cpu_count() or 1):
+    if isinstance(count, int) and 0 < count <= (os.cpu_count() or 1):
         torch.set_num_threads(count)
     try:
         yield

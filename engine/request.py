@@ -87,7 +87,7 @@ def resolve_label(label: int | str, classes: Sequence[str], num_classes: int) ->
     if isinstance(label, str) and label in classes:
         return list(classes).index(label)
     text = str(label).strip()
-    if not isinstance(label, bool) and text.isascii() and text.isdigit() and int(text) < num_classes:
+    if not isinstance(label, bool) and text.isascii() and text.isdigit() and len(text) < 10 and int(text) < num_classes:
         return int(text)
     known = ", ".join(classes) if classes else f"the numbers 0 to {num_classes - 1}"
     raise InputError(f"unknown label {label!r}: this checkpoint knows {known}; choose one of them")
@@ -103,4 +103,7 @@ def _number(name: str, value: object, kind: type) -> float | int:
     if isinstance(value, bool) or not isinstance(value, Real) or (kind is int and value % 1 != 0):
         wanted = "a whole number" if kind is int else "a number"
         raise InputError(f"{flag} must be {wanted}, got {value!r}; correct it")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise InputError(f"{flag} is far too large; correct it") from None

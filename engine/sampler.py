@@ -65,6 +65,11 @@ class Sampler:
         self.device = _device(device)
         self.dtype, self.backend, self.classes = dtype, backend, tuple(classes)
         self.config = gpt.config
+        if self.classes and len(self.classes) != gpt.config.num_classes:
+            raise InputError(
+                f"the transformer has {gpt.config.num_classes} classes and {len(self.classes)} names were found "
+                f"({', '.join(self.classes)}); name each class"
+            )
         if tokenizer is not None and tokenizer.config.codebook_size != gpt.config.vocab_size:
             raise InputError(
                 f"the transformer draws from {gpt.config.vocab_size} codes and the tokenizer has "
@@ -147,7 +152,7 @@ class Sampler:
         Image i has the index ``start_index + i``; the parameters are those of `SamplingParams`, the limits those of
         `sample_codes`. InputError for parameters out of range.
         """
-        if isinstance(labels, str) or not labels:
+        if isinstance(labels, str) or not len(labels):
             raise InputError(f"expected a list with at least one label, got {labels!r}; name a class for each image")
         requests = self.requests(
             labels, SamplingParams(cfg_scale, temperature, top_k, top_p, cfg_interval), seed, start_index

@@ -140,4 +140,4 @@ def _rows(z_BChw: Tensor) -> Tensor:
 def _planes(rows_NC: Tensor, B: int, h: int, w: int) -> Tensor:
     # Contiguous: the decoder would inherit channels_last, where torch's group norm goes backward ten times slower on a
     # CPU.
-    return rows_NC.view(B, h, w, -1).permute(0, 3, 1, 2).contiguous()
+    return rows_NC.view(B, h, w, rows_NC.shape[-1]).permute(0, 3, 1, 2).contiguous()

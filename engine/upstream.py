@@ -119,13 +119,14 @@ def read_upstream(path: Path | str, *, ema: bool = False) -> UpstreamFile:
         raise InputError(f"Expected only tensors among the weights in {path}, found {strange[0]!r}: give another file.")
     args, steps = content.get("args"), content.get("steps")
     config, discriminator = content.get("config"), content.get("discriminator")
+    others = {str(key): value for key, value in discriminator.items()} if isinstance(discriminator, Mapping) else {}
     return UpstreamFile(
         path=path,
         weights=clean_keys({str(key): value for key, value in weights.items()}),
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
         config=dict(config) if isinstance(config, Mapping) else None,
         steps=steps if isinstance(steps, int) else None,
-        discriminator=clean_keys(discriminator) if isinstance(discriminator, Mapping) else {},
+        discriminator=clean_keys({key: value for key, value in others.items() if isinstance(value, Tensor)}),
     )
 
 

@@ -177,6 +177,7 @@ def vq8_narrow() -> TokenizerTrainConfig:
         precision="bf16",
         ema_decay=0.999,
         revive_after=200,
+        quantize_from=500,
         disc_start=5000,
         disc_weight=0.5,
         log_every=20,
@@ -189,12 +190,12 @@ def vq8_narrow() -> TokenizerTrainConfig:
 def vq8_cpu() -> TokenizerTrainConfig:
     """A light VQ-8 (1,024 codes) with LPIPS, from scratch: about half an hour on two cores.
 
-    Chosen for speed there (see TokenizerTrainConfig for the options): crops first and whole images at the end, the
-    perceptual loss on a quarter of each crop, L1 since it counts thin vessels for more than L2 does, unused codes
-    revived, no discriminator.
+    Chosen for speed there (see TokenizerTrainConfig for the options): crops first and whole images at the end; a plain
+    autoencoder, then codes, then the perceptual loss on a quarter of each crop; L1 since it counts thin vessels for
+    more than L2 does; unused codes revived; no discriminator.
     """
     adam = OptimConfig(
-        lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine", warmup_steps=50, final_lr_ratio=0.02
+        lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine", warmup_steps=50, final_lr_ratio=0.02
     )
     return TokenizerTrainConfig(
         recipe="vq8-cpu",
@@ -208,7 +209,9 @@ def vq8_cpu() -> TokenizerTrainConfig:
         precision="bf16",
         reconstruction_loss="l1",
         perceptual_side=0.5,
+        perceptual_from=1000,
         revive_after=100,
+        quantize_from=300,
         disc_weight=0.0,
         log_every=20,
         eval_every=500,
@@ -243,6 +246,34 @@ def vq8_tiny() -> TokenizerTrainConfig:
     )
 
 
+def vq4_tiny() -> TokenizerTrainConfig:
+    """The demo's tokenizer: 4x4 pixels a code (256 codes), whole pictures of 48 pixels, L2 alone; under a minute on two
+    cores. At so few pixels a lesion is as large as a code of VQ-8 would be, and would be lost."""
+    adam = OptimConfig(
+        lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine", warmup_steps=20, final_lr_ratio=0.1
+    )
+    return TokenizerTrainConfig(
+        recipe="vq4-tiny",
+        model=tokenizer_config("VQ-8-tiny", ch_mult=(1, 2, 4), codebook_size=256, image_size=48),
+        optim=adam,
+        disc_optim=OptimConfig(weight_decay=0.0),
+        batch_size=4,
+        epochs=None,
+        steps=700,
+        quantize_from=250,
+        revive_after=20,
+        precision="fp32",
+        perceptual="none",
+        disc_weight=0.0,
+        log_every=20,
+        eval_every=350,
+        eval_images=16,
+        checkpoint_every=200,
+        keep_last=1,
+        tensorboard=False,
+    )
+
+
 GPT_RECIPES: Mapping[str, Callable[[], GPTTrainConfig]] = {
     "fundus-xl": fundus_xl,
     "fundus-small": fundus_small,
@@ -258,6 +289,7 @@ TOKENIZER_RECIPES: Mapping[str, Callable[[], TokenizerTrainConfig]] = {
     "vq8-narrow": vq8_narrow,
     "vq8-cpu": vq8_cpu,
     "vq8-tiny": vq8_tiny,
+    "vq4-tiny": vq4_tiny,
 }
 
 

@@ -24,4 +24,4 @@ def linear(x_XK: Tensor, weight_NK: Tensor) -> Tensor:
     out_RN = x_XK.new_empty(blocks * BLOCK_ROWS, weight_NK.shape[0])
     for block_BK, out_BN in zip(padded_RK.split(BLOCK_ROWS), out_RN.split(BLOCK_ROWS), strict=True):
         torch.mm(block_BK, weight_KN, out=out_BN)
-    return out_RN[:count].view(*x_XK.shape[:-1], -1)
+    return out_RN[:count].view(*x_XK.shape[:-1], weight_NK.shape[0])

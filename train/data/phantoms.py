@@ -199,10 +199,11 @@ class _Scene:
         bright = rng.uniform(0.86, 1.0)
         distance = np.hypot((self.x - cx) / r, (self.y - cy) / (r * rng.uniform(1.05, 1.16)))
         rim = np.clip((1.06 - distance) / 0.22, 0, 1)
-        self.mix(0.9 * rim, (0.98 * bright, 0.76 * bright, 0.44 * bright))
+        self.mix((0.9 * rim).astype(np.float32), (0.98 * bright, 0.76 * bright, 0.44 * bright))
         cup = rng.uniform(0.3, 0.5)
         inner = np.hypot((self.x - cx + self.anatomy.side * 0.12 * r) / r, (self.y - cy) / r)
-        self.mix(0.8 * np.clip((cup + 0.2 - inner) / 0.3, 0, 1), (1.0 * bright, 0.92 * bright, 0.72 * bright))
+        pale = (0.8 * np.clip((cup + 0.2 - inner) / 0.3, 0, 1)).astype(np.float32)
+        self.mix(pale, (1.0 * bright, 0.92 * bright, 0.72 * bright))
 
     def vessels(self, segments: list[Segment]) -> None:
         """Veins first, arteries above them, a light reflex along the wide arteries."""

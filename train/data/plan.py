@@ -92,7 +92,7 @@ def reuse(plan: Plan, state: dict[str, Record | None], out: Path, size: int, wor
             if not holds:
                 continue
             p, record = plan.photographs[file], state.get(file)
-            if checks[file].target is not None and record is not None:
+            if checks[file].target is not None and record is not None and p.split is not None and p.label is not None:
                 plan.records[file] = replace(
                     record, source=p.source, grade=p.grade, split=p.split, label=p.label, patient=p.patient
                 )
