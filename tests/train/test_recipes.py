@@ -61,7 +61,7 @@ def test_tokenizer_losses_are_the_papers(name: str) -> None:
 def test_small_recipes_are_small() -> None:
     counts = {name: recipes.gpt_recipe(name).model.parameter_count / 1e6 for name in recipes.GPT_RECIPES}
     assert counts["fundus-tiny"] < 1.5
-    assert 5 <= counts["fundus-cpu"] <= 6 and recipes.fundus_cpu().model.grid == 32
+    assert 5 <= counts["fundus-cpu"] <= 6 and recipes.fundus_cpu().model.grid == 16
     assert 20 <= counts["fundus-small"] <= 25 and recipes.fundus_small().model.grid == 32
 
 
