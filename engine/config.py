@@ -11,7 +11,6 @@ from typing import Any
 from retinar.engine.errors import InputError
 from retinar.engine.fields import ConfigSource, checked, positive, probabilities, read, strip
 
-
 MAX_GRID = 1024
 """Far beyond use (8,192 pixels at 8 a code): a damaged config must not ask for terabytes of rotary table."""
 

@@ -53,7 +53,7 @@ def test_shapes_of_oblong_images(attention: bool) -> None:
 
 @pytest.mark.parametrize(("channels", "groups"), [(32, 32), (64, 32), (96, 32), (512, 32), (16, 16), (48, 16), (8, 8)])
 def test_narrow_widths_take_fewer_groups(channels: int, groups: int) -> None:
-    norm = group_norm(channels)
+    norm = group_norm(channels, 32)
     assert isinstance(norm, nn.GroupNorm) and norm.num_groups == groups and norm.eps == 1e-6
 
 

@@ -91,6 +91,15 @@ def test_equal_codes_take_the_lowest() -> None:
     torch.testing.assert_close(quantized, F.normalize(copies, dim=-1)[codes])
 
 
+def test_empty_batches_have_results() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    assert ops.linear(torch.zeros(0, 5), torch.zeros(3, 5)).shape == (0, 3)
+    assert ops.rms_norm(torch.zeros(0, 5), torch.ones(5)).shape == (0, 5)
+    assert ops.swiglu(torch.zeros(0, 6)).shape == (0, 3)
+    assert ops.vq_lookup(torch.zeros(0, 6), torch.ones(4, 6))[0].shape == (0,)
+    assert ops.gumbel_noise(none, none, none, 5).shape == (0, 5)
+
+
 def test_autocast_changes_no_op() -> None:
     """Inside autocast the ops keep their own dtypes, forward and backward, also on mixed ones."""
     q, k, v = (t.bfloat16().requires_grad_() for t in _attention())
