@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -96,4 +97,8 @@ def write_file(path: Path, shard: Mapping[str, Tensor]) -> None:
         tensor = tensor.detach().cpu().contiguous()
         part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
         whole[key] = tensor.clone() if part else tensor
-    save_file(whole, path, metadata={"format": "pt"})
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps what the file system said, and is no OSError
+        full = "os error 28" in str(error).lower() or "no space left" in str(error).lower()
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error

@@ -41,11 +41,14 @@ class CodeSet:
     ``labels`` int64 [images], ``meta``.
 
     ``path``: a folder of either layout, or, with ``split``, the folder that holds it. LlamaGen's own folders do not
-    say which tokenizer made them: ``vocab_size`` (16,384 by default) stands for it, classes are the labels' numbers.
+    say which tokenizer made them nor how many classes there are: ``vocab_size`` (16,384 by default) stands for the one,
+    classes are the labels' numbers, ``num_classes`` or more of them.
     Everything is checked here; InputError for what is unfinished, damaged or impossible.
     """
 
-    def __init__(self, path: Path | str, split: str | None = None, *, vocab_size: int = 16384) -> None:
+    def __init__(
+        self, path: Path | str, split: str | None = None, *, vocab_size: int = 16384, num_classes: int = 1
+    ) -> None:
         self.path = Path(path) if split is None else Path(path) / split
         if not self.path.is_dir():
             raise InputError(f"Expected a folder of codes at {self.path}, found none: make it with retinar encode.")
@@ -60,7 +63,7 @@ class CodeSet:
         if upstream_folders(self.path) is not None:
             self.codes, self.labels = read_upstream_codes(self.path)
             stated = self._read_meta() if (self.path / META).exists() else None
-            self.meta = stated or _upstream_meta(self.codes, self.labels, vocab_size)
+            self.meta = stated or _upstream_meta(self.codes, self.labels, vocab_size, num_classes)
         else:
             self.meta = self._read_meta()
             self.codes, self.labels = self._load("codes.npy"), self._load("labels.npy")
@@ -142,7 +145,7 @@ class CodeWriter:
 
     def __init__(self, path: Path | str, layout: Layout, identity: Mapping[str, Any], *, stem: str = "") -> None:
         self.path, self.layout, self.stem = Path(path), layout, stem
-        self.identity = {"layout": layout, **identity}
+        self.identity = {"layout": layout, **identity, **({"stem": stem} if layout == "upstream" else {})}
         self.shape = (int(identity["images"]), int(identity["views"]), int(identity["grid"]) ** 2)
         self.complete, self.done = False, 0
         if self.path.exists() and not self.path.is_dir():
@@ -179,15 +182,7 @@ class CodeWriter:
     def write(self, codes: NDArray[np.integer], labels: NDArray[np.int64]) -> None:
         """The next images: codes [n, views, T], labels [n]."""
         if self.layout == "packed":
-            file = self.path / "codes.npy"
-            # Made anew until a block has been noted: an earlier start may have been killed while making it.
-            mode: Literal["w+", "r+"] = "r+" if self.done else "w+"
-            packed = np.lib.format.open_memmap(
-                file, mode=mode, dtype=np.uint16, shape=None if self.done else self.shape
-            )
-            packed[self.done : self.done + len(codes)] = codes
-            packed.flush()
-            del packed
+            self._write_packed(codes)
         else:
             for name in ("codes", "labels"):
                 (self.path / f"{self.stem}_{name}").mkdir(exist_ok=True)
@@ -195,6 +190,21 @@ class CodeWriter:
                 _save(self.path / f"{self.stem}_codes" / f"{i}.npy", image_codes[None].astype(np.int64))
                 _save(self.path / f"{self.stem}_labels" / f"{i}.npy", np.array([label], np.int64))
         self._note(self.done + len(codes))
+
+    def _write_packed(self, codes: NDArray[np.integer]) -> None:
+        # Plain writes: on a full disk they raise OSError, while storing into a mapped file would kill the process.
+        # Made anew until a block has been noted: an earlier start may have been killed while making it.
+        with open(self.path / "codes.npy", "r+b" if self.done else "wb") as handle:
+            if self.done:
+                np.lib.format.read_magic(handle)
+                np.lib.format.read_array_header_1_0(handle)
+            else:
+                header = {"descr": "<u2", "fortran_order": False, "shape": self.shape}
+                np.lib.format.write_array_header_1_0(handle, header)
+            handle.seek(2 * self.done * self.shape[1] * self.shape[2], os.SEEK_CUR)
+            handle.write(codes.astype("<u2").tobytes())
+            handle.flush()
+            os.fsync(handle.fileno())
 
     def finish(self, labels: NDArray[np.int64], meta: Mapping[str, Any]) -> None:
         """Write what describes the whole; from here on the folder can be read."""
@@ -257,13 +267,15 @@ def read_upstream_codes(path: Path) -> tuple[NDArray[np.uint16], NDArray[np.int6
     return np.stack(codes), np.array(labels, np.int64)
 
 
-def _upstream_meta(codes: NDArray[np.uint16], labels: NDArray[np.int64], vocab_size: int) -> dict[str, Any]:
+def _upstream_meta(
+    codes: NDArray[np.uint16], labels: NDArray[np.int64], vocab_size: int, num_classes: int
+) -> dict[str, Any]:
     """What meta.json would say, as far as the files tell."""
     return {
         "format": FORMAT,
         "kind": "codes",
         "layout": "upstream",
-        "classes": [str(label) for label in range(int(labels.max()) + 1)],
+        "classes": [str(label) for label in range(max(num_classes, int(labels.max()) + 1))],
         "grid": math.isqrt(codes.shape[2]),
         "images": len(codes),
         "views": codes.shape[1],

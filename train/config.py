@@ -37,6 +37,7 @@ Precision = Literal["fp32", "bf16"]
 MUTABLE_KEYS = frozenset(
     {"steps", "epochs", "log_every", "eval_every", "eval_images", "checkpoint_every", "keep_last", "tensorboard"}
     | {"device", "activation_checkpointing"}
+    | {"perceptual_weights"}  # a path: what the file holds is among the run's inputs
 )
 
 
@@ -111,7 +112,7 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} of at least 1 or none", value)
         _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay in (0, 1) or none", self.ema_decay)
-        _require(self.seed >= 0, "seed of at least 0", self.seed)
+        _require(0 <= self.seed < 2**63, "seed from 0 to 2^63 - 1", self.seed)
         for name in ("log_every", "eval_every", "eval_images", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
 
@@ -191,6 +192,10 @@ class TokenizerTrainConfig(TrainConfig):
         _require(self.disc_start >= 0, "disc_start of at least 0", self.disc_start)
         _require(self.disc_channels >= 1, "disc_channels of at least 1", self.disc_channels)
         _require(self.disc_layers >= 1, "disc_layers of at least 1", self.disc_layers)
+        if self.disc_weight > 0:
+            # Its last two convolutions take a pixel each off a side that disc_layers halvings have left.
+            side, least = self.crop_size or self.model.image_size, 3 * 2**self.disc_layers
+            _require(side >= least, f"crops of at least {least} pixels for disc_layers {self.disc_layers}", side)
         for field in dataclasses.fields(self):
             if field.name.endswith("_weight"):
                 value = getattr(self, field.name)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,13 @@ def train_gpt(
     exported folder, so that it can sample by itself; ``init`` is a checkpoint to start from. InputError as the parts
     raise it.
     """
-    codes = CodeSet(data)
+    # What LlamaGen's own folders leave open is as the config has it.
+    open_codes = partial(CodeSet, vocab_size=config.model.vocab_size, num_classes=config.model.num_classes)
+    codes = open_codes(data)
     check_codes(config, codes)
-    valid_codes = CodeSet(valid) if valid is not None else None
+    valid_codes = open_codes(valid) if valid is not None else None
     if valid_codes is not None:
+        number_classes(valid_codes, codes.meta["classes"])
         check_codes(config, valid_codes)
     decoder = _tokenizer(tokenizer, codes) if tokenizer is not None else None
     device = pick_device(config.device)
@@ -214,6 +218,18 @@ def check_codes(config: GPTTrainConfig, codes: CodeSet) -> None:
         raise InputError(f"Expected codes for recipe {config.recipe}, found {differences}: add --set {mend}.")
 
 
+def number_classes(codes: CodeSet, classes: list[str]) -> None:
+    """Number the labels by ``classes``, those of the training codes: a split may lack one. InputError for others."""
+    own = codes.meta["classes"]
+    if others := [name for name in own if name not in classes]:
+        raise InputError(
+            f"Expected validation codes of the classes {', '.join(classes)}, found {', '.join(others)} in "
+            f"{codes.path}: give those of the same data."
+        )
+    codes.labels = np.array([classes.index(name) for name in own], np.int64)[codes.labels]
+    codes.meta = {**codes.meta, "classes": classes}
+
+
 def start_from(model: GPT, source: GPT) -> None:
     """Copy ``source``'s weights; a table of other classes stays as initialised, any other difference is an error."""
     weights = source.state_dict()
@@ -261,7 +277,13 @@ def _tokenizer(path: Path | str, codes: CodeSet) -> VQTokenizer:
         raise InputError(
             f"Expected the tokenizer that made the codes (digest {wanted[:12]}), found {found[:12]} at {path}."
         )
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.config.codebook_size != codes.vocab_size:
+        raise InputError(
+            f"Expected a tokenizer of {codes.vocab_size} codes for {codes.path}, found one of "
+            f"{tokenizer.config.codebook_size} at {path}: give the one that made them."
+        )
+    return tokenizer
 
 
 def _fingerprint(codes: CodeSet) -> str:

@@ -184,7 +184,13 @@ def _tokenizer_config(asked: Release, name: str) -> TokenizerTrainConfig:
     changes = [f"device={asked.device}"]
     if asked.perceptual_weights is not None:
         changes.append(f"perceptual_weights={asked.perceptual_weights}")
-    return apply_overrides(recipes.tokenizer_recipe(name), [*changes, *asked.overrides("tokenizer")])
+    config = apply_overrides(recipes.tokenizer_recipe(name), [*changes, *asked.overrides("tokenizer")])
+    if config.perceptual == "vgg" and config.perceptual_weights is None:
+        raise InputError(
+            "Expected VGG16's weights for the perceptual loss, found none: give them with --perceptual-weights PATH, "
+            "or train without with --set tokenizer.perceptual=none."
+        )
+    return config
 
 
 def _fit_tokenizer(
@@ -219,7 +225,8 @@ def _fit_tokenizer(
     by_hand = {text.partition("=")[0] for text in asked.overrides("tokenizer")}
     marks = {"quantize_from": config.quantize_from, "perceptual_from": config.perceptual_from}
     changes: dict[str, Any] = {name: int(mark * scale) for name, mark in marks.items() if name not in by_hand}
-    changes["disc_start"] = max(1, round(DISCRIMINATOR_FROM * steps))
+    if "disc_start" not in by_hand:
+        changes["disc_start"] = max(1, round(DISCRIMINATOR_FROM * steps))
     return dataclasses.replace(config, steps=steps, **changes)
 
 

@@ -15,8 +15,8 @@ _STREAM = 3  # see train/crops.py
 class CodeRevival:
     """Every ``after`` steps, the codes that no position took in that time move onto latents of the present batch.
 
-    ``start``: the step from which latents are quantised at all; all codes move onto latents just before it, none
-    earlier. ``after`` None: never again after that.
+    ``start``: the step from which latents are quantised at all; all codes (as many as there are latents) move onto
+    latents just before it, none earlier. ``after`` None: never again after that.
 
     Latents are drawn in proportion to their squared distance from the nearest code (as k-means++ does): plain draws
     would mostly hit the black background. A fresh codebook, of which a fresh encoder's latents touch a small patch,
@@ -51,7 +51,7 @@ class CodeRevival:
         dead = (self.last_used_K <= since).nonzero().squeeze(1)
         z_NC = F.normalize(latents_BChw.permute(0, 2, 3, 1).flatten(0, 2).float(), dim=-1)
         dead = dead[: len(z_NC)]
-        if not len(dead):
+        if not len(dead) or not z_NC.isfinite().all():  # NaN: the loop stops the run with a sentence
             return 0
         weight_KC = self.quantizer.embedding.weight
         chosen_NC = F.normalize(weight_KC[self.quantizer(latents_BChw)[1].flatten()].float(), dim=-1)

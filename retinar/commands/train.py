@@ -89,14 +89,19 @@ class Train:
 
     def _config(self, config: Any) -> dict[str, object]:
         """The complete config, as the codes in --data (if given) fit it."""
+        from retinar.train.config import to_dict
+
+        return to_dict(self._fitted(config) if self.what == "gpt" and self.data is not None else config)
+
+    def _fitted(self, config: Any) -> Any:
+        """The config of a transformer as the codes in --data fit it; what is said by hand wins."""
         from retinar.train.codes import CodeSet
-        from retinar.train.config import apply_overrides, to_dict
+        from retinar.train.config import apply_overrides
+        from retinar.train.gpt import default_codes, fit_to_codes
 
-        if self.what == "gpt" and self.data is not None:
-            from retinar.train.gpt import default_codes, fit_to_codes
-
-            config = apply_overrides(fit_to_codes(config, CodeSet(default_codes(self.data)[0])), self.set)
-        return to_dict(config)
+        if self.data is None or not config.fit_to_codes:
+            return config
+        return apply_overrides(fit_to_codes(config, CodeSet(default_codes(self.data)[0])), self.set)
 
     def render(self, summary: Mapping[str, Any]) -> str:
         """The summary as text; a config as JSON."""
@@ -105,17 +110,14 @@ class Train:
         return json.dumps(summary, indent=2) if self.print_config else "\n".join(ui.lines(summary))
 
     def _gpt(self, config: Any, progress: Progress) -> Any:
-        from retinar.train.codes import CodeSet
-        from retinar.train.config import apply_overrides
-        from retinar.train.gpt import default_codes, fit_to_codes, train_gpt
+        from retinar.train.gpt import default_codes, train_gpt
 
         assert self.data is not None and self.out is not None
         if self.tokenizer is None:
             print("no --tokenizer: the model will need one to make images.", file=sys.stderr, flush=True)
         data, valid = default_codes(self.data)
-        config = apply_overrides(fit_to_codes(config, CodeSet(data)), self.set)  # what is said by hand wins
         return train_gpt(
-            config,
+            self._fitted(config),
             data,
             self.out,
             valid=self.valid or valid,

@@ -119,6 +119,7 @@ def test_both_layouts_hold_the_same(data: Path, tokenizer: Path, packed: Path, t
     (tmp_path / "up" / META).unlink()  # as LlamaGen's own
     bare = CodeSet(tmp_path / "up", vocab_size=32)
     assert (bare.vocab_size, bare.meta["grid"], bare.meta["classes"]) == (32, GRID, ["0", "1"])
+    assert CodeSet(tmp_path / "up", num_classes=3).meta["classes"] == ["0", "1", "2"]
 
 
 def test_a_finished_folder_is_recognised(
@@ -146,6 +147,9 @@ def test_other_contents_are_refused(data: Path, tokenizer: Path, packed: Path, t
         encode_folder(data, tokenizer, tmp_path / "mine", progress=silent)
     with pytest.raises(InputError, match="found the file"):
         encode_folder(data, tokenizer, tmp_path / "mine" / "thesis.txt", progress=silent)
+    encode_folder(data, tokenizer, tmp_path / "up", layout="upstream", dataset="ddr", progress=silent)
+    with pytest.raises(InputError, match="another stem"):
+        encode_folder(data, tokenizer, tmp_path / "up", layout="upstream", dataset="aptos", progress=silent)
     with pytest.raises(InputError, match="split test"):
         encode_folder(data, tokenizer, tmp_path / "none", split="test", progress=silent)
     assert not (tmp_path / "none").exists()
@@ -199,6 +203,19 @@ def test_round_trip(draw: st.DataObject, layout: Layout, tmp_path_factory: pytes
     found = CodeSet(path)
     assert np.array_equal(found.codes, codes) and np.array_equal(found.labels, labels)
     assert len(found) == images and found.vocab_size == vocabulary
+
+
+def test_what_is_written_is_all_there_is(tmp_path: Path) -> None:
+    """No holes for a full disk to be found in later: the file grows with its blocks, and is NumPy's in the end."""
+    codes = np.arange(5 * 2 * 16).reshape(5, 2, 16)
+    identity = {"images": 5, "views": 2, "grid": 4}
+    writer = CodeWriter(tmp_path / "out", "packed", identity)
+    writer.write(codes[:2], np.zeros(2, np.int64))
+    np.save(tmp_path / "whole.npy", codes.astype(np.uint16))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    assert (tmp_path / "out" / "codes.npy").read_bytes() == whole[: len(whole) - 3 * 2 * 16 * 2]
+    CodeWriter(tmp_path / "out", "packed", identity).write(codes[2:], np.zeros(3, np.int64))
+    assert (tmp_path / "out" / "codes.npy").read_bytes() == whole
 
 
 def edit_meta(folder: Path, **changes: Any) -> None:

@@ -87,6 +87,7 @@ def test_values_are_read_as_their_field(text: str, key: str, value: object) -> N
         ("keep_last=none", ["whole number", "keep_last"]),
         ("ema_decay=1", ["ema_decay", "(0, 1)"]),
         ("steps=none", ["steps and epochs"]),
+        (f"seed={2**64}", ["seed from 0"]),
         ("model.n_head=3", ["n_head"]),
         ("model.token_dropout_p=1.5", ["token_dropout_p"]),
     ],

@@ -194,6 +194,7 @@ def test_csv(tmp_path: Path, delimiter: str) -> None:
         ("image,label,split\na.jpg,0,dev7\n", "got 'dev7'"),
         ("image,label\na.jpg,0\na.jpg,2\n", "listed twice"),
         ("image,label\nb.jpg,0\n", "do not exist"),
+        ('image,label\n"a.jpg,0\n' + "x" * 150_000, "a table in .*t.csv, but line .*field"),
     ],
 )
 def test_csv_mistakes(tmp_path: Path, text: str, words: str) -> None:
@@ -303,6 +304,8 @@ def test_a_made_split_has_the_asked_shares_in_every_class() -> None:
     assert set(assign_splits(photographs, (0.8, 0.2, 0.0))) == {"train", "valid"}
     with pytest.raises(InputError, match="add up to 1"):
         assign_splits(photographs, (0.8, 0.3, 0.0))
+    with pytest.raises(InputError, match="add up to 1"):
+        assign_splits(photographs, (0.5, 0.5, float("nan")))
 
 
 def test_leaks_keep_the_most_held_out_side() -> None:

@@ -14,7 +14,6 @@ import torch
 from retinar.engine.checkpoint import load_gpt, load_tokenizer, read_config
 from retinar.engine.errors import InputError
 from retinar.engine.progress import silent
-from retinar.train import released
 from retinar.train.budget import affordable_steps, seconds_per_step
 from retinar.train.data.phantoms import write_phantoms
 from retinar.train.released import Release, main, release
@@ -164,3 +163,11 @@ import retinar.train.released
 """
     done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_missing_vgg_weights_are_named_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["--data", str(tmp_path), "--out", str(out), "--variant", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--perceptual-weights" in said and "tokenizer.perceptual=none" in said
+    assert not (out / "prepared").exists()

@@ -84,7 +84,7 @@ def test_killed_at_random_moments(whole: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_ctrl_c_in_a_process(whole: tuple[Path, Path], tmp_path: Path) -> None:
-    """The command line: SIGINT saves, says how to go on, exits 0; the resumed run equals the uninterrupted one."""
+    """The command line: SIGINT saves, says how to go on, exits 130; the resumed run equals the uninterrupted one."""
     codes, _ = whole
     run = tmp_path / "run"
     base = [sys.executable, "-m", "retinar", "train", "gpt", "--data", str(codes), "--out", str(run)]
@@ -97,7 +97,7 @@ def test_ctrl_c_in_a_process(whole: tuple[Path, Path], tmp_path: Path) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    assert process.returncode == 130, told
     assert "--resume" in told and "saved at step" in told
     (saved,) = (run / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))

@@ -29,6 +29,7 @@ from retinar.train.gpt import (
     check_codes,
     default_codes,
     fit_to_codes,
+    number_classes,
     start_from,
     train_gpt,
 )
@@ -204,6 +205,43 @@ def test_codes_decide_for_small_recipes_and_are_checked_for_the_papers(codes: Pa
     with pytest.raises(InputError, match=r"vocab_size 64 instead of 16384.*--set model.vocab_size=64 model.grid=4"):
         check_codes(paper, code_set)
     check_codes(apply_overrides(paper, ["model.vocab_size=64", "model.grid=4"]), code_set)
+
+
+def test_a_split_may_lack_a_class(tmp_path: Path, codes: Path) -> None:
+    """One photograph in a class lies in train: valid's only class still has the number that it has there."""
+    valid = write_codes(tmp_path / "valid", images=3, classes=["npdr"])
+    np.save(valid / "labels.npy", np.zeros(3, np.int64))
+    code_set = CodeSet(valid)
+    number_classes(code_set, CLASSES)
+    assert code_set.labels.tolist() == [1, 1, 1] and code_set.meta["classes"] == CLASSES
+    train_gpt(tiny_config(steps=1), codes, tmp_path / "run", valid=valid, progress=silent)
+    assert "valid_loss" in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    other = write_codes(tmp_path / "other", classes=["npdr", "severe"])
+    with pytest.raises(InputError, match=r"found severe in .*other"):
+        train_gpt(tiny_config(steps=1), codes, tmp_path / "run2", valid=other, progress=silent)
+
+
+def test_llamagens_own_codes_take_vocabulary_and_classes_from_the_config(tmp_path: Path) -> None:
+    """Ten views, labels of some classes only, nothing said about the tokenizer; validation with fewer classes still."""
+    random = np.random.default_rng(0)
+    for split, labels in (("train", [0, 2, 2, 0]), ("valid", [0, 0])):
+        for number, label in enumerate(labels):
+            for name, array in (("codes", random.integers(0, VOCAB, (1, 10, GRID * GRID))), ("labels", [label])):
+                folder = tmp_path / split / f"imagenet64_{name}"
+                folder.mkdir(parents=True, exist_ok=True)
+                np.save(folder / f"{number}.npy", np.asarray(array))
+    tiny = tiny_config(steps=2)
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, num_classes=4))
+    result = train_gpt(config, tmp_path / "train", tmp_path / "run", valid=tmp_path / "valid", progress=silent)
+    assert result.model is not None and "valid_loss" in result.values
+    assert read_config(result.model)["classes"] == ["0", "1", "2", "3"]
+    with pytest.raises(InputError, match=r"num_classes 3 instead of 2.*--set model\.num_classes=3"):
+        train_gpt(tiny, tmp_path / "train", tmp_path / "run2", progress=silent)
+    tokenizer = VQTokenizer(TokenizerConfig(ch=32, ch_mult=(1, 1), z_channels=32, codebook_size=2 * VOCAB))
+    save_tokenizer(tmp_path / "vq", tokenizer)
+    with pytest.raises(InputError, match="a tokenizer of 64 codes"):  # before the training, not at its end
+        train_gpt(config, tmp_path / "train", tmp_path / "run2", tokenizer=tmp_path / "vq", progress=silent)
+    assert not (tmp_path / "run2").exists()
 
 
 def test_attention_backend_is_chosen_or_refused() -> None:

@@ -182,6 +182,56 @@ def test_codes_come_after_a_plain_autoencoder(data: Path, tmp_path: Path) -> Non
     assert values(make_task(data, picture_config(quantize_from=3, scope="decoder")), 0)["codebook"] > 0
 
 
+@pytest.mark.parametrize("revive_after", [None, 2])
+def test_the_codebook_waits_then_lies_on_latents(revive_after: int | None, data: Path) -> None:
+    """Whatever ``revive_after``: no code moves before ``quantize_from``, then each onto a latent of its own."""
+    config = picture_config(quantize_from=5, revive_after=revive_after, crop_size=None, mirror=False)
+    task = make_task(data, config)
+    weight_KC = task.model.quantize.embedding.weight
+    before = weight_KC.detach().clone()
+    for step in range(4):
+        task.step(step)
+        assert torch.equal(weight_KC, before)
+    task.step(4)
+    batch_BCHW = task.crops.batch(4, *task.order.batch(4), whole=False)
+    with torch.no_grad():
+        latents_BChw = task.model.train().latents(batch_BCHW)
+    z_NC = F.normalize(latents_BChw.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
+    distances_KN = (weight_KC.detach()[:, None] - z_NC).abs().amax(dim=-1)
+    assert (distances_KN.amin(dim=1) < 1e-6).all()
+    assert task.ema is not None
+    assert torch.equal(task.ema.averages["quantize.embedding.weight"], weight_KC)
+    moments = task.optimizer.state[weight_KC]
+    assert not moments["exp_avg"].any() and not moments["exp_avg_sq"].any()
+    placed = weight_KC.detach().clone()
+    assert values(task, 5)["codebook"] > 0 and not torch.equal(weight_KC, placed)
+
+
+@pytest.mark.parametrize("revive_after", [None, 2])
+@pytest.mark.parametrize("saved", [4, 5], ids=["saved before it", "saved after it"])
+def test_resume_across_the_first_codes(
+    saved: int, revive_after: int | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 6 and resumed from a checkpoint on either side of ``quantize_from``: the same bytes."""
+    config = picture_config(quantize_from=5, revive_after=revive_after, disc_weight=0.0, checkpoint_every=saved)
+    train_tokenizer(config, data, tmp_path / "whole", progress=silent)
+    original = TokenizerTask.step
+
+    def step(self: TokenizerTask, number: int) -> Any:
+        if number == 6:
+            raise Killed
+        return original(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerTask, "step", step)
+        with pytest.raises(Killed):
+            train_tokenizer(config, data, tmp_path / "killed", progress=silent)
+    assert [path.name for path in (tmp_path / "killed/checkpoints").iterdir()] == [f"step-{saved:07d}"]
+    train_tokenizer(config, data, tmp_path / "killed", resume=True, progress=silent)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "killed/model" / name).read_bytes() == (tmp_path / "whole/model" / name).read_bytes()
+
+
 def test_bf16_is_near(data: Path) -> None:
     exact, mixed = (
         values(make_task(data, picture_config(precision=precision)), 0)["loss"] for precision in ("fp32", "bf16")
@@ -196,7 +246,10 @@ def test_perceptual_square(data: Path, vgg_weights: Path) -> None:
     perceptual = PerceptualLoss(vgg_weights)
     config = picture_config(perceptual="vgg", perceptual_side=0.5, crop_size=32, perceptual_from=1)
     task = make_task(data, config, perceptual=perceptual)
-    assert "perceptual" not in values(task, 0)
+    plain = make_task(data, picture_config(crop_size=32))
+    assert "perceptual" not in (first := values(task, 0))
+    assert first == values(plain, 0)  # before its step nothing of it is felt
+    assert torch.equal(task.model.decoder.conv_out.weight, plain.model.decoder.conv_out.weight)
     assert values(task, 1)["perceptual"] > 0.1
 
 
@@ -213,6 +266,20 @@ def test_bad_input_is_one_sentence(data: Path, tmp_path: Path) -> None:
     refused(r"quantize\.embedding\.weight", init=tmp_path / "other")
     with pytest.raises(InputError, match="crop_size=32 or none"):
         make_task(data, picture_config(crop_size=48))
+    with pytest.raises(InputError, match="crops of at least 24 pixels for disc_layers 3, found 16"):
+        picture_config(disc_layers=3)
+    assert values(make_task(data, picture_config(crop_size=24, disc_layers=3, disc_start=1)), 0)["disc_loss"] > 0
+
+
+def test_the_weights_of_vgg_may_move(data: Path, tmp_path: Path, vgg_weights: Path) -> None:
+    """A run goes on with the same file at another path; another file is another run."""
+    config = picture_config(perceptual="vgg", crop_size=None, steps=1, disc_weight=0.0)
+    moved = tmp_path / f"moved{vgg_weights.suffix}"
+    moved.symlink_to(vgg_weights.resolve())
+    first = dataclasses.replace(config, perceptual_weights=str(vgg_weights))
+    train_tokenizer(first, data, tmp_path / "run", progress=silent)
+    second = dataclasses.replace(config, perceptual_weights=str(moved), steps=2)
+    assert train_tokenizer(second, data, tmp_path / "run", resume=True, progress=silent).step == 2
 
 
 # --- crops
@@ -284,6 +351,14 @@ def test_unused_codes_move_onto_latents() -> None:
     assert revived.revive(2, latents, []) == 0  # they count as used now
     quantizer.zero_grad()
     assert len(quantizer(latents)[1].unique()) > len(before) // 2
+
+
+def test_latents_that_are_no_numbers_move_nothing() -> None:
+    """The loop names the step of the NaN; drawing among such latents would be a traceback."""
+    quantizer, revived = revival()
+    before = quantizer.embedding.weight.detach().clone()
+    assert revived.revive(2, torch.full((1, 8, 4, 4), torch.nan), []) == 0
+    assert torch.equal(quantizer.embedding.weight, before)
 
 
 def test_more_unused_codes_than_latents() -> None:

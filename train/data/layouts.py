@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from retinar.engine.errors import InputError
 from retinar.train.data.classes import parse_classes
@@ -181,7 +182,8 @@ def _read_csv(path: Path) -> Found:
     text = _read_text(path)
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = _rows(reader, path)
     names = [name.strip().lower() for name in next(rows, [])]
     path_column = _column(names, PATH_COLUMNS, path, "path or image")
     label_column = _column(names, LABEL_COLUMNS, path, "label or grade")
@@ -189,7 +191,7 @@ def _read_csv(path: Path) -> Found:
     patient_column = next((names.index(name) for name in PATIENT_COLUMNS if name in names), None)
     found: Found = {}
     for row in rows:
-        where = f"{path.name} line {rows.line_num}"
+        where = f"{path.name} line {reader.line_num}"
         if not any(cell.strip() for cell in row):
             continue
         if len(row) != len(names):
@@ -207,6 +209,15 @@ def _read_csv(path: Path) -> Found:
         patient = row[patient_column].strip() if patient_column is not None else ""
         _add(found, Photograph(file, source, grade, split, patient or patient_key(file.name)), exists, where)
     return found
+
+
+def _rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise InputError(
+            f"expected a table in {path}, but line {reader.line_num + 1} is none ({error}): re-save it"
+        ) from error
 
 
 def _column(names: list[str], accepted: tuple[str, ...], path: Path, what: str) -> int:

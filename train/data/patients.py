@@ -50,7 +50,7 @@ def assign_splits(
     patients with the same classes are dealt together, so that every split sees every class. The same photographs give
     the same split on any machine.
     """
-    if any(fraction < 0 for fraction in fractions) or abs(sum(fractions) - 1) > 1e-6:
+    if not (all(fraction >= 0 for fraction in fractions) and abs(sum(fractions) - 1) <= 1e-6):  # NaN too
         raise InputError(f"expected three fractions (train, valid, test) that add up to 1, got {fractions}")
     of_patient: dict[str, list[int]] = defaultdict(list)
     for index, photograph in enumerate(photographs):
