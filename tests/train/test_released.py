@@ -14,6 +14,7 @@ import torch
 from retinar.engine.checkpoint import load_gpt, load_tokenizer, read_config
 from retinar.engine.errors import InputError
 from retinar.engine.progress import silent
+from retinar.train import released
 from retinar.train.budget import affordable_steps, seconds_per_step
 from retinar.train.data.phantoms import write_phantoms
 from retinar.train.released import Release, main, release
