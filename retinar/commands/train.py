@@ -113,10 +113,8 @@ class Train:
         from retinar.train.gpt import default_codes, train_gpt
 
         assert self.data is not None and self.out is not None
-        if self.tokenizer is None:
-            print("no --tokenizer: the model will need one to make images.", file=sys.stderr, flush=True)
         data, valid = default_codes(self.data)
-        return train_gpt(
+        result = train_gpt(
             self._fitted(config),
             data,
             self.out,
@@ -127,6 +125,9 @@ class Train:
             max_minutes=self.max_minutes,
             progress=progress,
         )
+        if self.tokenizer is None and result.model:
+            print("no tokenizer in the model: `retinar generate` will need --tokenizer.", file=sys.stderr, flush=True)
+        return result
 
     def _tokenizer(self, config: Any, progress: Progress) -> Any:
         from retinar.engine.errors import InputError

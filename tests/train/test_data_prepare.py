@@ -175,7 +175,7 @@ def test_ctrl_c_stops_soon_and_the_next_run_goes_on(tmp_path: Path) -> None:
     src, out = tmp_path / "src", tmp_path / "out"
     (src / "train" / "a").mkdir(parents=True)
     picture(1, 2000, 1500).save(tmp_path / "large.jpg")
-    for i in range(100):
+    for i in range(200):
         os.link(tmp_path / "large.jpg", src / "train" / "a" / f"{i}.jpg")
     command = [sys.executable, "-m", "retinar.cli", "prepare", str(src), str(out), "--size", "64", "--workers", "2"]
     process = subprocess.Popen(
@@ -193,7 +193,7 @@ def test_ctrl_c_stops_soon_and_the_next_run_goes_on(tmp_path: Path) -> None:
     _, told = process.communicate(timeout=30)
     assert process.returncode != 0 and "Traceback" not in told
     assert not (out / MANIFEST).exists()
-    assert run(src, out)["counts"] == {"train": {"a": 100}}
+    assert run(src, out)["counts"] == {"train": {"a": 200}}
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
