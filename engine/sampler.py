@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retinar.engine import checkpoint, images, provenance
 from retinar.engine.config import ConfigSource
+from retinar.engine.device import find_device
 from retinar.engine.errors import InputError
 from retinar.engine.kv_cache import KVCache, check_pool, pool_pages
 from retinar.engine.model import GPT
@@ -62,7 +63,7 @@ class Sampler:
     ) -> None:
         if dtype not in DTYPES.values():
             raise InputError(f"dtype must be float32 or bfloat16, got {dtype}; choose one of them")
-        self.device = _device(device)
+        self.device = find_device(device)
         self.dtype, self.backend, self.classes = dtype, backend, tuple(classes)
         self.config = gpt.config
         if self.classes and len(self.classes) != gpt.config.num_classes:
@@ -263,16 +264,3 @@ class Sampler:
         backend = self.backend or default
         isa = ops.native_info()["isa"] if backend == "native" else None
         return provenance.implementation("eager", backend, isa, self.device)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the GPU where there is one; InputError when it is not there."""
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}; choose one of them") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}; choose one of them")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {found} is not there: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
-    return found

@@ -10,21 +10,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from retinar.engine.errors import InputError
+from retinar.engine.device import find_device
 from retinar.train.config import Precision
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a config names; "auto" is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"Expected device auto, cpu or cuda, found {name!r}.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("Expected a GPU for device=cuda, found none that torch can use: set device=cpu or auto.")
-    return device
+    """The device a config names; "auto" is the GPU where there is one. InputError for what is not there."""
+    return find_device(None if name == "auto" else name)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -115,15 +115,23 @@ def fundus_cpu() -> GPTTrainConfig:
 
 
 def fundus_tiny() -> GPTTrainConfig:
-    """About 1 M parameters for the demo's phantoms: a minute on two cores at small grids."""
+    """About 1 M parameters for the demo's phantoms: a minute on two cores at small grids, too short for dropout."""
     return GPTTrainConfig(
         recipe="fundus-tiny",
-        model=gpt_config("GPT-tiny", vocab_size=1024, grid=8, num_classes=2, token_dropout_p=0.05),
+        model=gpt_config(
+            "GPT-tiny",
+            vocab_size=1024,
+            grid=8,
+            num_classes=2,
+            token_dropout_p=0.0,
+            resid_dropout_p=0.0,
+            ffn_dropout_p=0.0,
+        ),
         fit_to_codes=True,
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup_steps=20, final_lr_ratio=0.05),
         batch_size=16,
         epochs=None,
-        steps=300,
+        steps=600,
         precision="fp32",
         ema_decay=0.98,
         log_every=10,
@@ -256,20 +264,20 @@ def vq8_tiny() -> TokenizerTrainConfig:
 
 
 def vq4_tiny() -> TokenizerTrainConfig:
-    """The demo's tokenizer: 4x4 pixels a code (256 codes), whole pictures of 48 pixels, L2 alone; under a minute on two
-    cores. At so few pixels a lesion is as large as a code of VQ-8 would be, and would be lost."""
+    """The demo's tokenizer: 4x4 pixels a code (256 codes), whole pictures of 40 pixels, L2 alone; a minute or two on
+    two cores. At so few pixels a lesion is as large as a code of VQ-8 would be, and would be lost."""
     adam = OptimConfig(
         lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine", warmup_steps=20, final_lr_ratio=0.1
     )
     return TokenizerTrainConfig(
         recipe="vq4-tiny",
-        model=tokenizer_config("VQ-8-tiny", ch_mult=(1, 2, 4), codebook_size=256, image_size=48),
+        model=tokenizer_config("VQ-8-tiny", ch_mult=(1, 2, 4), codebook_size=256, image_size=40),
         optim=adam,
         disc_optim=OptimConfig(weight_decay=0.0),
         batch_size=4,
         epochs=None,
-        steps=700,
-        quantize_from=250,
+        steps=1400,
+        quantize_from=500,
         revive_after=20,
         precision="fp32",
         perceptual="none",
