@@ -131,7 +131,7 @@ def fundus_tiny() -> GPTTrainConfig:
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup_steps=20, final_lr_ratio=0.05),
         batch_size=16,
         epochs=None,
-        steps=600,
+        steps=480,
         precision="fp32",
         ema_decay=0.98,
         log_every=10,
@@ -264,20 +264,20 @@ def vq8_tiny() -> TokenizerTrainConfig:
 
 
 def vq4_tiny() -> TokenizerTrainConfig:
-    """The demo's tokenizer: 4x4 pixels a code (256 codes), whole pictures of 40 pixels, L2 alone; a minute or two on
+    """The demo's tokenizer: 4x4 pixels a code (256 codes), whole pictures of 48 pixels, L2 alone; a minute or two on
     two cores. At so few pixels a lesion is as large as a code of VQ-8 would be, and would be lost."""
     adam = OptimConfig(
         lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, schedule="cosine", warmup_steps=20, final_lr_ratio=0.1
     )
     return TokenizerTrainConfig(
         recipe="vq4-tiny",
-        model=tokenizer_config("VQ-8-tiny", ch_mult=(1, 2, 4), codebook_size=256, image_size=40),
+        model=tokenizer_config("VQ-8-tiny", ch_mult=(1, 2, 4), codebook_size=256, image_size=48),
         optim=adam,
         disc_optim=OptimConfig(weight_decay=0.0),
         batch_size=4,
         epochs=None,
-        steps=1400,
-        quantize_from=500,
+        steps=1100,
+        quantize_from=400,
         revive_after=20,
         precision="fp32",
         perceptual="none",

@@ -1,0 +1,54 @@
+"""Runs the pytest-benchmark suite and files its figures as one JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retinar.bench import machine, record
+from retinar.bench.timing import Limits
+from retinar.engine.errors import InputError
+
+SUITE = Path(__file__).resolve().parent / "suite"
+
+
+def run_suite(device: str, out: Path, keyword: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Measure, write one result under ``out`` and return (its path, its content).
+
+    ``keyword`` chooses benchmarks by name, as pytest's -k. InputError without pytest-benchmark, without the device, or
+    when an op is wrong (then nothing is written).
+    """
+    check_device(device)
+    if machine.version("pytest-benchmark") is None:
+        raise InputError("Expected the package pytest-benchmark, found none: run `pip install 'retinar[dev]'`.")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "benchmark.json"
+        command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command += [f"--benchmark-json={found}", f"--bench-device={device}", "--benchmark-columns=median,min,rounds"]
+        command += ["-k", keyword] if keyword else []
+        done = subprocess.run(command, stdout=sys.stderr)
+        if done.returncode or not found.is_file():
+            why = "no benchmark of that name" if done.returncode == 5 else "a benchmark that fails (see above)"
+            raise InputError(f"Expected every benchmark to run, found {why}: nothing is recorded.")
+        content = json.loads(found.read_text(encoding="utf-8"))
+    rows = [each["extra_info"]["row"] for each in content["benchmarks"]]
+    limits = {
+        name: Limits(**limit)
+        for each in content["benchmarks"]
+        for name, limit in each["extra_info"].get("limits", {}).items()
+    }
+    document = record.document(device, rows, limits, {"passed": True, "by": "bench.ops.check on every case"})
+    return record.save(out, document), document
+
+
+def check_device(device: str) -> None:
+    """InputError when ``device`` ("cpu", "cuda") is not here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("Expected a CUDA device, torch finds none: use --device cpu, or a machine with a GPU.")

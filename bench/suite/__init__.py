@@ -1,0 +1,1 @@
+"""The pytest-benchmark suite that `retinar bench` runs."""

@@ -1,0 +1,38 @@
+"""``retinar bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from retinar.engine.progress import Progress
+
+
+@dataclass
+class Bench:
+    """Time every op with every backend beside what this device allows, check it first, and file the figures.
+
+    Example: retinar bench --only rope_attention
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What to measure."""
+    out: Path = Path("bench/results")
+    """Folder of results; one JSON is written to OUT/<device>/."""
+    only: str | None = None
+    """Benchmarks whose name contains this (an expression as pytest's -k takes it)."""
+
+    def run(self, progress: Progress) -> dict[str, object]:
+        """Run the suite; the summary is the result file's content and its path."""
+        from retinar.bench.run import run_suite
+
+        path, content = run_suite(self.device, self.out, self.only)
+        return {"file": path, **content}
+
+    def render(self, found: Mapping[str, Any]) -> str:
+        """The table of the result file."""
+        from retinar.bench.report import markdown
+
+        return f"{markdown(found)}\n\nwritten to {found['file']}"
