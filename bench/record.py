@@ -35,13 +35,18 @@ def document(
         "python": platform.python_version(),
         "commit": machine.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "retinar.bench", *sys.argv[1:]])
-        if sys.argv[0].endswith("__main__.py")
-        else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "limits": {name: limit._asdict() for name, limit in limits.items()},
         "tests": dict(tests),
         "rows": [dict(row) for row in rows],
     }
+
+
+def command() -> str:
+    """The command line that made this process, as a person would type it again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else [Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def save(folder: Path, content: Mapping[str, Any]) -> Path:

@@ -78,7 +78,10 @@ def _summary(times: list[float]) -> Timing:
 
 
 def limits(device: str, dtype: torch.dtype = torch.float32, *, seconds: float = 0.5) -> Limits:
-    """Bandwidth of a copy (bytes read plus bytes written) and rate of a square matrix product in ``dtype``."""
+    """Bandwidth of a copy (bytes read plus bytes written) and rate of a square matrix product in ``dtype``.
+
+    They are what plain torch reaches, not what the hardware could: an op that does better has a share above one.
+    """
     size = (2**30 if device == "cuda" else COLD_BYTES) // 4
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)

@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "measurement" in metafunc.fixturenames:
         from retinar.bench.ops import measurements
 
-        metafunc.parametrize("measurement", measurements(device), ids=lambda found: found.id)
+        metafunc.parametrize("measurement", list(measurements(device)), ids=lambda found: found.id)
     if "engine_call" in metafunc.fixturenames:
         from retinar.bench.engine import engine_calls
 
