@@ -115,7 +115,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
         "other files": ["--data", str(photographs), "--out", str(tmp_path / "mine")],
         "above 0": ["--data", str(photographs), "--out", str(tmp_path / "x"), "--minutes", "0"],
         "tokenizer.KEY=VALUE": ["--data", str(photographs), "--out", str(tmp_path / "y"), "--set", "steps=4"],
-        "perceptual_weights": ["--data", str(photographs), "--out", str(tmp_path / "z"), "--set", *SETS[:5]],
+        "--perceptual-weights": ["--data", str(photographs), "--out", str(tmp_path / "z"), "--set", *SETS[:5]],
     }
     for words, arguments in cases.items():
         assert main([*arguments, "--variant", "cpu", "--device", "cpu"]) == 2
