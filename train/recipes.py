@@ -85,7 +85,7 @@ def fundus_small() -> GPTTrainConfig:
 
 
 def fundus_cpu() -> GPTTrainConfig:
-    """5 to 6 M parameters (1,024 codes) on the 16x16 grid of ``vq8-cpu``: about half an hour on two cores.
+    """5 to 6 M parameters (1,024 codes) on the 16x16 grid of ``vq8-cpu``: about half an hour on one core.
 
     Small dropouts: so short a training underfits.
     """
@@ -207,7 +207,7 @@ def vq8_narrow() -> TokenizerTrainConfig:
 
 
 def vq8_cpu() -> TokenizerTrainConfig:
-    """A light VQ-8 (1,024 codes) with LPIPS for 128 px photographs, from scratch: about half an hour on two cores.
+    """A light VQ-8 (1,024 codes) with LPIPS for 128 px photographs, from scratch: about half an hour on one core.
 
     Chosen for speed there (see TokenizerTrainConfig for the options): a plain autoencoder first, then codes, then the
     perceptual loss on a quarter of each image; L1, since it counts thin vessels for more than L2 does; unused codes
