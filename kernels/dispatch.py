@@ -8,6 +8,9 @@ because it costs a third of the overhead for each call.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +32,17 @@ Reason = str | None
 
 def _never(*_: Any) -> Reason:
     return None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton's own interpreter runs the kernels (``TRITON_INTERPRET=1`` before start): on a CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def preference(device: str) -> tuple[str, ...]:
+    """`PREFERENCE` of a device type; under Triton's interpreter a CPU goes the way that a GPU goes."""
+    return PREFERENCE["cuda" if interpreting() else device]
 
 
 @dataclass(frozen=True)
@@ -99,14 +113,15 @@ class Op:
 
     def _select(self, device: str, args: Sequence[Any], backend: str | None) -> Any:
         if backend is not None:
-            return self._named(backend, device, args).run(*args)
-        for name in PREFERENCE[device]:
+            return self.named(backend, device, args).run(*args)
+        for name in preference(device):
             candidate = self.backends.get(name)
             if candidate is not None and self._obstacle(candidate, device, args) is None:
                 return candidate.run(*args)
         raise RuntimeError(f"{self.name} has no implementation for {device}")  # the reference takes every argument
 
-    def _named(self, backend: str, device: str, args: Sequence[Any]) -> Implementation:
+    def named(self, backend: str, device: str, args: Sequence[Any]) -> Implementation:
+        """The backend of that name; ValueError with the reason when it is unknown or cannot run these arguments."""
         if backend not in self.backends:
             raise ValueError(unknown_backend(self.name, backend, self.backends))
         reason = self._obstacle(self.backends[backend], device, args)
@@ -130,6 +145,13 @@ def backends(name: str) -> dict[str, Reason]:
         absent = implementation.devices == ("cuda",) and not torch.cuda.is_available()
         found[backend] = "no CUDA device was found" if absent else implementation.unavailable()
     return found
+
+
+def preferred(name: str, device: str) -> str:
+    """The backend that a call on a device type ("cpu", "cuda") takes first where it names none."""
+    found = backends(name)
+    taken = (each for each in preference(device) if each in found and found[each] is None)
+    return next(each for each in taken if device in REGISTRY[name].backends[each].devices)
 
 
 def unknown_backend(op: str, backend: str, known: Sequence[str] | dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from retinar.kernels.cfg_sample import cfg_mix, cfg_sample, filter_logits
 from retinar.kernels.decode_step import DecodeWeights, StepInputs, decode_step
-from retinar.kernels.dispatch import backends
+from retinar.kernels.dispatch import backends, preferred
 from retinar.kernels.linear import linear
 from retinar.kernels.linear_cross_entropy import linear_cross_entropy
 from retinar.kernels.native import native_info
@@ -33,6 +33,7 @@ __all__ = [
     "native_info",
     "paged_attention",
     "philox4x32",
+    "preferred",
     "rms_norm",
     "rope_attention",
     "rope_table",

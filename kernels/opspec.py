@@ -39,6 +39,10 @@ class OpSpec:
         gradients: names of the arguments that get gradients.
         bytes: (case, bytes per element) -> bytes that the forward must move at least: inputs once, outputs once.
         flops: case -> floating point operations of the forward, a multiply-add counting two.
+        backward_bytes: as ``bytes``, of the backward alone: the results' gradients and what it needs of the forward
+            read once, the arguments' gradients written once. None without gradients, or not counted.
+        backward_flops: as ``flops``, of the backward alone. Where the forward's values are too large to keep, what it
+            takes to compute them again counts (attention's scores; not the loss's logits: see its spec).
         truth: (arguments widened to fp64) -> results; None where the reference itself runs in fp64.
         narrow: backends that take only some of the dtypes.
         budget: the error allowed.
@@ -52,6 +56,8 @@ class OpSpec:
     plain: Callable[[Inputs], tuple[Tensor, ...]]
     bytes: Callable[[Case, int], int]
     flops: Callable[[Case], int]
+    backward_bytes: Callable[[Case, int], int] | None = None
+    backward_flops: Callable[[Case], int] | None = None
     gradients: tuple[str, ...] = ()
     truth: Callable[[Inputs], tuple[Tensor, ...]] | None = None
     narrow: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
