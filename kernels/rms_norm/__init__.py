@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retinar.kernels.dispatch import Implementation, Op, same_device
+from retinar.kernels.launch import triton_backend
 from retinar.kernels.native import native_missing, native_module
 from retinar.kernels.rms_norm import reference
 
@@ -26,6 +27,15 @@ ADD_NORM = Op(
     reference=reference.add_rms_norm,
     fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
+ADD_NORM_BACKWARD = Op(
+    "add_rms_norm_backward(Tensor grad, Tensor grad_residual, Tensor residual, Tensor weight, float eps) "
+    "-> (Tensor, Tensor)",
+    reference=reference.add_rms_norm_backward,
+    fake=lambda grad, grad_residual, residual, weight, eps: (
+        residual.new_empty(residual.shape),
+        weight.new_empty(weight.shape),
+    ),
+)
 
 
 def rms_norm(x_XD: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
@@ -38,8 +48,8 @@ def rms_norm(x_XD: Tensor, weight_D: Tensor, eps: float = 1e-5, *, backend: str 
         x_XD: [..., D], any strides; fp32, bf16, fp16 (fp64 on the reference).
         weight_D: [D], any floating dtype.
         eps: added to the mean square.
-        backend: "reference", "native" (CPU; fp32, bf16; forward only, the gradient is the reference's), or None to
-            choose by device.
+        backend: "reference", "triton" (CUDA; fp32, bf16, fp16), "native" (CPU; fp32, bf16; forward only, the gradient
+            is the reference's), or None to choose by device.
 
     Returns:
         [..., D] in x's dtype, contiguous. Differentiable in x and weight.
@@ -122,16 +132,26 @@ def _norm_backward(ctx: Any, grad_XD: Tensor) -> tuple[Any, ...]:
 def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, weight_D, ctx.eps = inputs
     ctx.save_for_backward(output[1], weight_D)
+    ctx.set_materialize_grads(False)  # the gradient of an unused result is None, not a tensor of zeros to read
 
 
-def _add_norm_backward(ctx: Any, grad_XD: Tensor, grad_residual_XD: Tensor) -> tuple[Any, ...]:
+def _add_norm_backward(ctx: Any, grad_XD: Tensor | None, grad_residual_XD: Tensor | None) -> tuple[Any, ...]:
     residual_XD, weight_D = ctx.saved_tensors
-    backend = NORM_BACKWARD.own(ctx.backend)
-    grad_x, grad_weight = NORM_BACKWARD(grad_XD, residual_XD, weight_D, ctx.eps, backend=backend)
-    grad_x = grad_x + grad_residual_XD
+    if grad_XD is None:
+        return grad_residual_XD, grad_residual_XD, None, None
+    if grad_residual_XD is None:
+        backend = NORM_BACKWARD.own(ctx.backend)
+        grad_x, grad_weight = NORM_BACKWARD(grad_XD, residual_XD, weight_D, ctx.eps, backend=backend)
+    else:
+        backend = ADD_NORM_BACKWARD.own(ctx.backend)
+        grads = grad_XD, grad_residual_XD
+        grad_x, grad_weight = ADD_NORM_BACKWARD(*grads, residual_XD, weight_D, ctx.eps, backend=backend)
     return grad_x, grad_x, grad_weight, None
 
 
+for _op in (NORM, NORM_BACKWARD, ADD_NORM, ADD_NORM_BACKWARD):
+    # Not bf16 under the interpreter, which cuts numbers off to it instead of rounding them: two cuts a result.
+    _op.register("triton", triton_backend("rms_norm", _op.name, products=True))
 NORM.register("native", Implementation(_native, ("cpu",), native_missing, _native_unsupported))
 ADD_NORM.register("native", Implementation(_native_add, ("cpu",), native_missing, _native_unsupported))
 NORM.differentiate(_norm_backward, _save_norm)

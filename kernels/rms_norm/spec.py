@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retinar.kernels.launch import kernel_dtypes
 from retinar.kernels.opspec import FLOATS, Case, Inputs, OpSpec, normal
 from retinar.kernels.rms_norm import add_rms_norm, rms_norm
 
 EPS = 1e-5
-NATIVE = {"native": (torch.float32, torch.bfloat16)}
+NARROW = {"native": (torch.float32, torch.bfloat16), "triton": kernel_dtypes(products=True)}
 CASES = (
     {"rows": 1, "width": 1},
     {"rows": 1, "width": 7},
@@ -18,6 +19,9 @@ CASES = (
     {"rows": 5, "width": 100},
     {"rows": 2, "width": 256},
     {"rows": 17, "width": 1280},
+    {"rows": 3, "width": 2560},
+    {"rows": 5, "width": 1999},  # a prime beyond one block
+    {"rows": 2, "width": 8200},  # wider than any row that a GPU's registers hold
 )
 
 
@@ -51,9 +55,11 @@ RMS_NORM = OpSpec(
     run=lambda i, backend: (rms_norm(i["x"], i["weight"], EPS, backend=backend),),
     plain=_plain,
     gradients=("x", "weight"),
-    narrow=NATIVE,
+    narrow=NARROW,
     bytes=lambda c, size: (2 * c["rows"] + 1) * c["width"] * size,
     flops=lambda c: c["rows"] * (4 * c["width"] + 3),
+    backward_bytes=lambda c, size: (3 * c["rows"] + 2) * c["width"] * size,
+    backward_flops=lambda c: c["rows"] * (11 * c["width"] + 5),
 )
 ADD_RMS_NORM = OpSpec(
     name="add_rms_norm",
@@ -63,7 +69,9 @@ ADD_RMS_NORM = OpSpec(
     run=lambda i, backend: add_rms_norm(i["x"], i["residual"], i["weight"], EPS, backend=backend),
     plain=_plain_add,
     gradients=("x", "residual", "weight"),
-    narrow=NATIVE,
+    narrow=NARROW,
     bytes=lambda c, size: (4 * c["rows"] + 1) * c["width"] * size,
     flops=lambda c: c["rows"] * (5 * c["width"] + 3),
+    backward_bytes=lambda c, size: (4 * c["rows"] + 2) * c["width"] * size,  # x and residual get one gradient
+    backward_flops=lambda c: c["rows"] * (12 * c["width"] + 5),
 )

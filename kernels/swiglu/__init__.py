@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retinar.kernels.dispatch import Op, same_device
+from retinar.kernels.launch import triton_backend
 from retinar.kernels.swiglu import reference
 
 
@@ -51,7 +52,7 @@ def swiglu(gate_up_X2F: Tensor, up_XF: Tensor | None = None, *, backend: str | N
         gate_up_X2F: [..., 2F], the gate (w1 x) in the first half and up (w3 x) in the second; or, with ``up_XF``, the
             gate [..., F] alone.
         up_XF: [..., F] in the gate's dtype, or None for the packed form.
-        backend: "reference", or None to choose by device.
+        backend: "reference", "triton" (CUDA; fp32, bf16, fp16), or None to choose by device.
 
     Returns:
         [..., F] in the input's dtype, contiguous. Differentiable in all inputs.
@@ -90,5 +91,9 @@ def _backward_pair(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return PAIR_BACKWARD(grad, *ctx.saved_tensors, backend=PAIR_BACKWARD.own(ctx.backend))
 
 
+PACKED.register("triton", triton_backend("swiglu", "swiglu_packed"))
+PACKED_BACKWARD.register("triton", triton_backend("swiglu", "swiglu_packed_backward"))
+PAIR.register("triton", triton_backend("swiglu", "swiglu"))
+PAIR_BACKWARD.register("triton", triton_backend("swiglu", "swiglu_backward"))
 PACKED.differentiate(_backward_packed, _save)
 PAIR.differentiate(_backward_pair, _save)

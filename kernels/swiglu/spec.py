@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from retinar.kernels.launch import kernel_dtypes
 from retinar.kernels.opspec import FLOATS, Case, Inputs, OpSpec, normal
 from retinar.kernels.swiglu import swiglu
 
@@ -14,6 +15,7 @@ CASES = (
     {"rows": 5, "width": 127},
     {"rows": 2, "width": 1024},
     {"rows": 33, "width": 2048},
+    {"rows": 7, "width": 1288},
 )
 
 
@@ -30,6 +32,10 @@ def _bytes(case: Case, size: int) -> int:
     return 3 * case["rows"] * case["width"] * size
 
 
+def _backward_bytes(case: Case, size: int) -> int:
+    return 5 * case["rows"] * case["width"] * size
+
+
 def _flops(case: Case) -> int:
     return 5 * case["rows"] * case["width"]  # exp, add, divide, two products
 
@@ -42,8 +48,11 @@ SWIGLU = OpSpec(
     run=lambda i, backend: (swiglu(i["gate"], i["up"], backend=backend),),
     plain=lambda i: (F.silu(i["gate"]) * i["up"],),
     gradients=("gate", "up"),
+    narrow={"triton": kernel_dtypes()},
     bytes=_bytes,
     flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=lambda c: 12 * c["rows"] * c["width"],
 )
 SWIGLU_PACKED = OpSpec(
     name="swiglu_packed",
@@ -53,6 +62,9 @@ SWIGLU_PACKED = OpSpec(
     run=lambda i, backend: (swiglu(i["gate_up"], backend=backend),),
     plain=lambda i: (F.silu(i["gate_up"].chunk(2, -1)[0]) * i["gate_up"].chunk(2, -1)[1],),
     gradients=("gate_up",),
+    narrow={"triton": kernel_dtypes()},
     bytes=_bytes,
     flops=_flops,
+    backward_bytes=_backward_bytes,
+    backward_flops=lambda c: 12 * c["rows"] * c["width"],
 )
