@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retinar.kernels.dispatch import Op, same_device
+from retinar.kernels.launch import triton_backend
 from retinar.kernels.linear_cross_entropy import reference
 from retinar.kernels.numerics import wide
 
@@ -25,6 +26,13 @@ LOSS = Op(
     reference=reference.linear_cross_entropy,
     fake=_fake,
 )
+LOSS_BACKWARD = Op(
+    "linear_cross_entropy_backward(Tensor grad_loss, Tensor gradient, ScalarType dtype) -> Tensor",
+    reference=reference.linear_cross_entropy_backward,
+    fake=lambda grad_loss, gradient, dtype: gradient.new_empty(gradient.shape, dtype=dtype),
+)
+LOSS.register("triton", triton_backend("linear_cross_entropy", "linear_cross_entropy"))
+LOSS_BACKWARD.register("triton", triton_backend("linear_cross_entropy", "linear_cross_entropy_backward"))
 
 
 def linear_cross_entropy(
@@ -39,7 +47,7 @@ def linear_cross_entropy(
         hidden_TD: [T, D], any floating dtype.
         weight_VD: [V, D]; a weight of another floating dtype is cast to hidden's first, as autocast would.
         targets_T: int64 [T], in [0, V) or -100. Not checked against V (that would wait for the device).
-        backend: "reference", or None to choose by device.
+        backend: "triton" (CUDA; fp32, bf16, fp16), "reference", or None to choose by device.
 
     Returns:
         fp32 scalar, NaN when every target is ignored. Differentiable in hidden and weight, once.
@@ -61,6 +69,8 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: expected floating point tensors, found {hidden_TD.dtype} and {weight_VD.dtype}"
         )
+    if weight_VD.shape[0] == 0:
+        raise ValueError("linear_cross_entropy: expected a weight [V >= 1, D], found an empty vocabulary")
     same_device("linear_cross_entropy", hidden_TD, weight_VD, targets_T)
     weight_VD = weight_VD.to(hidden_TD.dtype)
     gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
@@ -78,8 +88,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None or not ctx.gradients:
         return None, None, None, None
-    grad_hidden, grad_weight = ctx.saved_tensors
-    return (grad_hidden * grad_loss).to(ctx.dtypes[0]), (grad_weight * grad_loss).to(ctx.dtypes[1]), None, None
+    own = LOSS_BACKWARD.own(ctx.backend)
+    grads = (
+        LOSS_BACKWARD(grad_loss, gradient, dtype, backend=own) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    )
+    return *grads, None, None
 
 
 LOSS.differentiate(_backward, _save)

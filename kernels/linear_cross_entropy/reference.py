@@ -40,3 +40,8 @@ def linear_cross_entropy(
             torch.mm(grad_logits, weight, out=grad_hidden[part]).mul_(factor)
             grad_weight.addmm_(grad_logits.t(), hidden[part] * factor)
     return loss * each, grad_hidden, grad_weight
+
+
+def linear_cross_entropy_backward(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of hidden or weight: what the forward kept, times the loss's own gradient, rounded once."""
+    return (gradient * grad_loss).to(dtype)

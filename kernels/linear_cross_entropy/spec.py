@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retinar.kernels.launch import kernel_dtypes
 from retinar.kernels.linear_cross_entropy import linear_cross_entropy
 from retinar.kernels.opspec import FLOATS, Case, Inputs, OpSpec, normal
 
@@ -35,6 +36,10 @@ def _bytes(case: Case, size: int) -> int:
     return (case["tokens"] + case["vocabulary"]) * case["width"] * size + 8 * case["tokens"]
 
 
+def _backward_bytes(case: Case, size: int) -> int:
+    return 2 * (case["tokens"] + case["vocabulary"]) * case["width"] * size + 8 * case["tokens"]
+
+
 LINEAR_CROSS_ENTROPY = OpSpec(
     name="linear_cross_entropy",
     cases=CASES,
@@ -43,6 +48,9 @@ LINEAR_CROSS_ENTROPY = OpSpec(
     run=lambda i, backend: (linear_cross_entropy(i["hidden"], i["weight"], i["targets"], backend=backend),),
     plain=_plain,
     gradients=("hidden", "weight"),
+    narrow={"triton": kernel_dtypes()},
     bytes=_bytes,
     flops=lambda c: 2 * c["tokens"] * c["width"] * c["vocabulary"],
+    backward_bytes=_backward_bytes,
+    backward_flops=lambda c: 4 * c["tokens"] * c["width"] * c["vocabulary"],  # a chunk's logits are still at hand
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retinar.kernels.dispatch import Op, same_device
+from retinar.kernels.launch import triton_backend
 from retinar.kernels.numerics import wide
 from retinar.kernels.vq_lookup import reference
 
@@ -19,6 +20,13 @@ LOOKUP = Op(
         z.new_empty(z.shape[0], dtype=torch.int64),
     ),
 )
+LOOKUP_BACKWARD = Op(
+    "vq_lookup_backward(Tensor grad, Tensor z) -> Tensor",
+    reference=reference.normalize_backward,
+    fake=lambda grad, z: z.new_empty(z.shape),
+)
+LOOKUP.register("triton", triton_backend("vq_lookup", "vq_lookup"))
+LOOKUP_BACKWARD.register("triton", triton_backend("vq_lookup", "normalize_backward"))
 
 
 def vq_lookup(z_NC: Tensor, codebook_KC: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -27,7 +35,7 @@ def vq_lookup(z_NC: Tensor, codebook_KC: Tensor, *, backend: str | None = None) 
     Args:
         z_NC: [N, C], any floating dtype.
         codebook_KC: [K, C], any floating dtype.
-        backend: "reference", or None to choose by device.
+        backend: "triton" (CUDA; z in fp32, bf16 or fp16), "reference", or None to choose by device.
 
     Returns:
         (codes int64 [N], quantized fp32 [N, C]): the codes' normalised rows. Of equally near codes the lowest wins.
@@ -56,7 +64,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_quantized_NC: Tensor, _: Any) -> tuple[Tensor, None]:
-    return reference.normalize_backward(grad_quantized_NC, ctx.saved_tensors[0]), None
+    backend = LOOKUP_BACKWARD.own(ctx.backend)
+    return LOOKUP_BACKWARD(grad_quantized_NC, ctx.saved_tensors[0], backend=backend), None
 
 
 LOOKUP.differentiate(_backward, _save)

@@ -14,7 +14,7 @@ CHUNK_ELEMENTS = 1 << 22
 def vq_lookup(z_NC: Tensor, codebook_KC: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest codes' normalised rows in fp32, and the codes. Of equal similarities the lowest code wins."""
     z = F.normalize(widen(z_NC), dim=-1)
-    codebook = F.normalize(codebook_KC.to(z.dtype), dim=-1)
+    codebook = F.normalize(codebook_KC.to(z.dtype).contiguous(), dim=-1)
     count = codebook.shape[0]
     # Whole SIMD steps of codes: BLAS sums its last columns in another order, and equal rows would not tie.
     padded_KC = codebook.new_zeros(-(-count // LANES) * LANES, codebook.shape[1])

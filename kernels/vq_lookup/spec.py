@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retinar.kernels.launch import kernel_dtypes
 from retinar.kernels.opspec import FLOATS, Case, Inputs, OpSpec, normal
 from retinar.kernels.vq_lookup import vq_lookup
 
 CASES = (
     {"vectors": 1, "codes": 1, "channels": 1},
     {"vectors": 7, "codes": 101, "channels": 5},
-    {"vectors": 300, "codes": 16384, "channels": 8},  # more than one chunk
+    {"vectors": 70, "codes": 2003, "channels": 8},
+    {"vectors": 33, "codes": 130, "channels": 20},
 )
 
 
@@ -39,6 +41,9 @@ VQ_LOOKUP = OpSpec(
     run=lambda i, backend: vq_lookup(i["z"], i["codebook"], backend=backend),
     plain=_plain,
     gradients=("z",),
+    narrow={"triton": kernel_dtypes()},
     bytes=lambda c, size: (c["vectors"] + c["codes"]) * c["channels"] * size + c["vectors"] * (8 + 4 * c["channels"]),
     flops=lambda c: 2 * c["vectors"] * c["codes"] * c["channels"],
+    backward_bytes=lambda c, size: c["vectors"] * c["channels"] * (4 + 2 * size),
+    backward_flops=lambda c: 8 * c["vectors"] * c["channels"],
 )
