@@ -105,9 +105,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BNX: Tensor, rope_NC2: Tensor, seed: Tensor | None, backend: str | None) -> Tensor:
         qkv_BNHD = self.wqkv(x_BNX).unflatten(-1, (self.n_head + 2 * self.kv_heads, self.head_dim))
-        q_BHND, k_BGND, v_BGND = qkv_BNHD.transpose(1, 2).split([self.n_head, self.kv_heads, self.kv_heads], dim=1)
         dropout_p = 0.0 if seed is None else self.dropout_p
-        o_BHND = ops.rope_attention(q_BHND, k_BGND, v_BGND, rope_NC2, dropout_p=dropout_p, seed=seed, backend=backend)
+        o_BHND = ops.rope_attention(
+            qkv_BNHD, None, None, rope_NC2, heads=self.n_head, dropout_p=dropout_p, seed=seed, backend=backend
+        )
         return self.resid_dropout(self.wo(o_BHND.transpose(1, 2).flatten(2)))
 
 

@@ -9,7 +9,7 @@ from retinar.kernels.linear_cross_entropy.spec import LINEAR_CROSS_ENTROPY
 from retinar.kernels.opspec import Case, ErrorBudget, Inputs, OpSpec
 from retinar.kernels.paged_attention.spec import PAGED_ATTENTION
 from retinar.kernels.rms_norm.spec import ADD_RMS_NORM, RMS_NORM
-from retinar.kernels.rope_attention.spec import ROPE_ATTENTION
+from retinar.kernels.rope_attention.spec import ROPE_ATTENTION, ROPE_ATTENTION_PACKED
 from retinar.kernels.swiglu.spec import SWIGLU, SWIGLU_PACKED
 from retinar.kernels.vq_lookup.spec import VQ_LOOKUP
 
@@ -21,6 +21,7 @@ ALL_SPECS: tuple[OpSpec, ...] = (
     SWIGLU,
     SWIGLU_PACKED,
     ROPE_ATTENTION,
+    ROPE_ATTENTION_PACKED,
     PAGED_ATTENTION,
     CFG_MIX,
     FILTER_LOGITS,

@@ -21,7 +21,7 @@ from retinar.engine.progress import Progress, plain
 from retinar.engine.tokenizer import VQTokenizer
 from retinar.kernels import ops
 from retinar.train import loop
-from retinar.train.codes import CodeSet
+from retinar.train.code_files import CodeSet
 from retinar.train.config import GPTTrainConfig, to_dict
 from retinar.train.device import autocast, compile_parts, pick_device
 from retinar.train.optim import (
@@ -250,23 +250,23 @@ def start_from(model: GPT, source: GPT) -> None:
 
 
 def attention_backend(config: GPTTrainConfig, device: torch.device) -> str | None:
-    """``backend`` of ``ops.rope_attention``: as configured; for "auto" our GPU kernel where it runs, else torch's fused
-    attention where nothing is dropped, else what the dispatcher takes (None)."""
+    """``backend`` of ``ops.rope_attention``: as configured; for "auto" our kernel where there is one, else torch's
+    fused attention where nothing is dropped, else what the dispatcher takes (None)."""
     chosen, dropout_p = config.attention_backend, config.model.attn_dropout_p
     known = {**ops.backends("rope_attention"), "sdpa": None}
     if chosen == "auto":
-        triton = device.type == "cuda" and "triton" in known and known["triton"] is None
-        return None if triton or dropout_p > 0 else "sdpa"
+        ours = ops.preferred("rope_attention", device.type) != "reference"
+        return None if ours or dropout_p > 0 else "sdpa"
     if chosen not in known:
         raise InputError(
             f"Expected attention_backend auto, {' or '.join(known)}, found {chosen!r}: choose one of them."
         )
     if known[chosen] is not None:
         raise InputError(f"Expected an attention_backend that runs here, found {chosen}: {known[chosen]}.")
-    if chosen == "sdpa" and dropout_p > 0:
+    if chosen in ("sdpa", "flash") and dropout_p > 0:
         raise InputError(
-            f"Expected model.attn_dropout_p 0 with attention_backend sdpa, found {dropout_p}: set it to 0, or another "
-            "attention_backend."
+            f"Expected model.attn_dropout_p 0 with attention_backend {chosen}, found {dropout_p}: set it to 0, or "
+            "another attention_backend."
         )
     return chosen
 

@@ -251,7 +251,9 @@ def test_attention_backend_is_chosen_or_refused() -> None:
     assert attention_backend(apply_overrides(paper, ["attention_backend=reference"]), CPU) == "reference"
     with pytest.raises(InputError, match="attn_dropout_p"):
         attention_backend(apply_overrides(paper, ["attention_backend=sdpa"]), CPU)
-    with pytest.raises(InputError, match="'flash'"):
+    with pytest.raises(InputError, match="found 'magic'"):
+        attention_backend(apply_overrides(paper, ["attention_backend=magic"]), CPU)
+    with pytest.raises(InputError, match="flash: no CUDA device"):
         attention_backend(apply_overrides(paper, ["attention_backend=flash"]), CPU)
 
 
