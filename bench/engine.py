@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from retinar.bench.timing import Timing, measure
 from retinar.engine.config import gpt_config, tokenizer_config
 from retinar.engine.model import GPT
 from retinar.engine.request import SamplingParams
@@ -15,7 +16,9 @@ from retinar.engine.tokenizer import VQTokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"gpt": "GPT-tiny", "tokenizer": "VQ-8-tiny", "grid": 8, "codes": 1024, "images": 4},
-    "cuda": {"gpt": "GPT-small", "tokenizer": "VQ-8-narrow", "grid": 32, "codes": 4096, "images": 16},
+    # The decoder has no GPU path of its own yet: a whole 32 x 32 grid would take most of a run.
+    "cuda": {"gpt": "GPT-small", "tokenizer": "VQ-8-narrow", "grid": 8, "codes": 4096, "images": 16},
+    "exercise": {"gpt": "GPT-tiny", "tokenizer": "VQ-8-tiny", "grid": 2, "codes": 64, "images": 2},
 }
 
 
@@ -28,9 +31,9 @@ class EngineCall(NamedTuple):
     images: int
 
 
-def engine_calls(device: str) -> list[EngineCall]:
+def engine_calls(device: str, size_name: str | None = None) -> list[EngineCall]:
     """Guided sampling of codes, and decoding of codes to pixels, both of several images."""
-    size = SIZES[device]
+    size = SIZES[size_name or device]
     grid, codes, images = size["grid"], size["codes"], size["images"]
     torch.manual_seed(0)
     gpt = GPT(gpt_config(size["gpt"], vocab_size=codes, grid=grid, num_classes=2))
@@ -46,3 +49,35 @@ def engine_calls(device: str) -> list[EngineCall]:
             "decode", f"{size['tokenizer']} {images} images", lambda: [sampler.decode(row) for row in drawn], images
         ),
     ]
+
+
+def engine_row(call: EngineCall, timing: Timing) -> dict[str, object]:
+    """A line of a result file; no limit beside it: many ops of many sizes are in one call."""
+    return {
+        "name": call.name,
+        "direction": "forward",
+        "case": call.case,
+        "dtype": "float32",
+        "backend": "-",
+        "baseline": False,
+        "seconds": timing.median,
+        "fastest": timing.fastest,
+        "slowest": timing.slowest,
+        "runs": timing.runs,
+        "images_per_s": call.images / timing.median,
+        "share": None,
+    }
+
+
+def engine_rows(device: str, size: str, seconds: float) -> list[dict[str, object]]:
+    """Every call measured, by the wall clock: the host's work is part of it."""
+    rows = []
+    for call in engine_calls(device, size):
+
+        def whole(call: EngineCall = call) -> None:
+            call.call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        rows.append(engine_row(call, measure([whole], "cpu", seconds=seconds, least=2)))
+    return rows

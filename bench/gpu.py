@@ -1,102 +1,95 @@
-"""``make gpu``: is every op right on this device, and how fast is it? One JSON, from a bare checkout.
+"""``make gpu``: is every op right on this device, how fast is it, and does training use it? One JSON.
 
-Needs torch and numpy alone: ``PYTHONPATH=. python -m retinar.bench.gpu --device cuda``. Every op is held to its error
-budget in bf16 (and fp32) on all cases of its spec; only those that pass are timed.
+From a bare checkout with torch, triton and numpy alone: ``PYTHONPATH=. python -m retinar.bench.gpu --device cuda``, in
+under nine minutes. ``--device cpu`` exercises all of it at tiny sizes, the GPU kernels under Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
+import os
 import sys
-import time
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+# Only what is light is imported here: Triton must not be before its interpreter is chosen, and the processes that
+# compile for the GPU import this file too.
 
-from retinar.bench import record
-from retinar.bench.engine import engine_calls
-from retinar.bench.ops import check, measurements, runnable, time_op
-from retinar.bench.report import markdown
-from retinar.bench.run import check_device
-from retinar.bench.timing import Limits, limits, measure
-from retinar.engine.errors import InputError
-from retinar.engine.progress import Progress, plain
-from retinar.kernels.spec import ALL_SPECS
-
-DTYPES = (torch.bfloat16, torch.float32)
+MINUTES = {"cuda": 8.5, "cpu": 4.0}
+OUT = {"cuda": Path("bench/results"), "cpu": Path("build/exercise")}
+GRACE_SECONDS = 20
 
 
-def check_all(device: str, progress: Progress = plain) -> tuple[int, list[str]]:
-    """(cases checked, sentences about those that fail), over all ops, cases, backends and dtypes of `DTYPES`."""
-    jobs = [
-        (spec, case, dtype, backend)
-        for spec in ALL_SPECS
-        for dtype in DTYPES
-        if dtype in spec.dtypes
-        for backend in runnable(spec, device, dtype)
-        for case in spec.cases
-    ]
-    wrong: list[str] = []
-    with progress(f"correctness on {device}", len(jobs)) as bar:
-        for spec, case, dtype, backend in jobs:
-            try:
-                found = check(spec, case, dtype, backend, device)
-            except RuntimeError as error:
-                found = f"{spec.name} {dict(case)} {dtype} {backend} on {device}: {error}"
-            if found is not None:
-                wrong.append(found)
-            bar.advance(1, spec.name)
-    return len(jobs), wrong
+def main(argv: Sequence[str], *, watched: bool = False) -> int:
+    """0: all right; 1: something is wrong on this device; 2: bad input, in one sentence.
 
-
-def run(device: str, out: Path, *, seconds: float = 0.3, progress: Progress = plain) -> tuple[Path, dict[str, object]]:
-    """Check, measure, write one result under ``out``; returns (path, content). InputError without the device."""
-    check_device(device)
-    began = time.monotonic()
-    checked, wrong = check_all(device, progress)
-    failed = {sentence.split(" ", 1)[0] for sentence in wrong}
-    jobs = [what for what in measurements(device) if what.spec.name not in failed]
-    found: dict[torch.dtype, Limits] = {dtype: limits(device, dtype) for dtype in {what.dtype for what in jobs}}
-    rows: list[dict[str, object]] = []
-    with progress(f"times on {device}", len(jobs)) as bar:
-        for what in jobs:
-            rows.append(time_op(what, found[what.dtype], seconds))
-            bar.advance(1, what.id)
-    with progress("the engine", None) as bar:
-        for call in engine_calls(device):
-            timing = measure([call.call], device, seconds=seconds, least=2)
-            rows.append(
-                {"name": call.name, "case": call.case, "dtype": "float32", "backend": "-", "seconds": timing.median}
-                | {"fastest": timing.fastest, "slowest": timing.slowest, "runs": timing.runs}
-                | {"images_per_s": call.images / timing.median, "share": None}
-            )
-            bar.advance(1, call.name)
-    tests = {"checked": checked, "failed": wrong, "passed": not wrong, "by": "bench.ops.check"}
-    named = {str(dtype).removeprefix("torch."): limit for dtype, limit in found.items()}
-    content = record.document(device, rows, named, tests) | {"minutes": (time.monotonic() - began) / 60}
-    return record.save(out, content), content
-
-
-def main(argv: list[str]) -> int:
-    """0: all right; 1: an op is wrong on this device; 2: bad input, in one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m retinar.bench.gpu", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: cuda)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for each measurement")
+    ``watched``: end the process, with the result so far, should something hang past the deadline.
+    """
+    parser = argparse.ArgumentParser(prog="python -m retinar.bench.gpu", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the exercise")
+    add("--out", type=Path, help="folder of results (bench/results; of the exercise build/exercise)")
+    add("--seconds", type=float, help="time for each measurement (0.3; of the exercise 0)")
+    add("--minutes", type=float, help="for everything (8.5; of the exercise 4)")
+    add("--only", help="ops whose name contains this; without profile and engine")
     flags = parser.parse_args(argv)
+
+    from retinar.bench.deadline import Deadline
+    from retinar.bench.report import markdown
+    from retinar.bench.run import check_device
+    from retinar.bench.whole import Run
+    from retinar.engine.errors import InputError
+
+    exercise = flags.device == "cpu"
     try:
-        path, content = run(flags.device, flags.out, seconds=flags.seconds)
+        check_device(flags.device)
+        run = Run(
+            flags.device,
+            flags.out or OUT[flags.device],
+            Deadline(60 * (flags.minutes or MINUTES[flags.device])),
+            exercise=exercise,
+            seconds=flags.seconds if flags.seconds is not None else 0.0 if exercise else 0.3,
+            only=flags.only,
+        )
+        if watched:
+            watch(run.deadline.left + GRACE_SECONDS)
+        content = run.all()
     except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(markdown(content))
     tests = content["tests"]
-    assert isinstance(tests, dict)
-    print(f"{tests['checked']} cases checked, {len(tests['failed'])} wrong; written to {path}")
-    for sentence in tests["failed"]:
-        print(f"WRONG  {sentence}")
+    told = f"{tests['checked']} cases checked, {len(tests['failed'])} wrong, {content['minutes']:.1f} minutes"
+    print(f"\n{told}; written to {run.path}")
     return 1 if tests["failed"] else 0
 
 
+def watch(seconds: float) -> None:
+    """End the process after so long: a kernel that never ends cannot be interrupted. The last phase's file stays."""
+
+    def end() -> None:
+        print(f"stopped after {seconds:.0f} seconds: something hangs; the result so far is written", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """What must be in the environment before torch and Triton start."""
+    # Without it cuBLAS, deterministic as it is on one stream, is refused when torch is told to be deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if "--device=cpu" in argv or ("--device", "cpu") in itertools.pairwise(argv):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than they gain at these sizes
+        if importlib.util.find_spec("triton") is not None:
+            os.environ["TRITON_INTERPRET"] = "1"
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    prepare(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:], watched=True))

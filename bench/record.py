@@ -18,7 +18,7 @@ from retinar.bench.timing import Limits
 from retinar.engine.errors import InputError
 from retinar.engine.files import write_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 def document(
@@ -32,14 +32,20 @@ def document(
         "cores": machine.cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": machine.version("triton"),
         "python": platform.python_version(),
         "commit": machine.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "command": command(),
         "limits": {name: limit._asdict() for name, limit in limits.items()},
         "tests": dict(tests),
         "rows": [dict(row) for row in rows],
     }
+
+
+def now() -> str:
+    """The date and time of a result."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def command() -> str:

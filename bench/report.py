@@ -1,16 +1,16 @@
-"""A result file as a table, for a terminal or for the README: ``python -m retinar.bench.report FILE.json``."""
+"""A result file as tables: ``python -m retinar.bench.report FILE.json`` for a terminal, ``--readme`` for the README."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retinar.bench import record
+from retinar.bench import record, targets
 from retinar.engine.errors import InputError
 
-COLUMNS = ("name", "case", "dtype", "backend", "time", "share of the limit")
+COLUMNS = ("op", "size", "dtype", "direction", "implementation", "time", "share of the limit")
 
 
 def seconds(value: float) -> str:
@@ -21,41 +21,106 @@ def seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
+def percent(value: float | None) -> str:
+    """25 %, or a dash for what has no limit."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A markdown table that can also be read as it is."""
+    cells = [list(head), *(list(line) for line in lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    cells.insert(1, ["-" * width for width in widths])
+    for line in cells:
+        yield "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+
+
+def where(content: Mapping[str, Any]) -> str:
+    """Device, date, commit and command of a result, in a line."""
+    exercise = "EXERCISE at tiny sizes, its times say nothing; " if content.get("exercise") else ""
+    return (
+        f"{exercise}{content['device']}, {content['cores']} cores, {content['threads']} threads, "
+        f"torch {content['torch']}, {content['date']}, commit {content['commit'] or 'unknown'}, `{content['command']}`"
+    )
+
+
 def markdown(content: Mapping[str, Any]) -> str:
-    """The whole table, with device, date, commit and command above it and the measured limits below."""
-    head = [
-        f"{content['device']}, {content['cores']} cores, {content['threads']} threads, torch {content['torch']}, "
-        f"{content['date']}, commit {content['commit'] or 'unknown'}, `{content['command']}`",
-        "",
-    ]
-    cells = [
-        [
-            row["name"],
-            row["case"],
-            row["dtype"],
-            row["backend"],
-            seconds(row["seconds"]),
-            "-" if row.get("share") is None else f"{100 * row['share']:.0f} %",
-        ]
-        for row in content["rows"]
-    ]
-    widths = [max(len(line[column]) for line in [list(COLUMNS), *cells]) for column in range(len(COLUMNS))]
-    body = [list(COLUMNS), ["-" * width for width in widths], *cells]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in body]
-    tail = [
+    """The whole result: what is wrong first, then times, limits, what was left out, targets, and the profile."""
+    parts = [[where(content)], _failures(content), list(table(COLUMNS, map(_cells, content["rows"]))), _limits(content)]
+    parts += [_left_out(content), _targets(content), _profile(content)]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    host = "" if row.get("queued", True) else " (the host's work in it)"
+    cells = [row["name"], row["case"], row["dtype"], row["direction"], row["backend"]]
+    return [*cells, seconds(row["seconds"]) + host, percent(row.get("share"))]
+
+
+def _failures(content: Mapping[str, Any]) -> list[str]:
+    return [f"WRONG  {sentence}" for sentence in content["tests"].get("failed", [])]
+
+
+def _limits(content: Mapping[str, Any]) -> list[str]:
+    return [
         f"limit in {name}: {limit['bytes_per_s'] / 1e9:.1f} GB/s copied, {limit['flops_per_s'] / 1e9:.0f} GFLOP/s"
         for name, limit in content["limits"].items()
     ]
-    return "\n".join([*head, *lines, "", *tail])
 
 
-def main(argv: list[str]) -> int:
-    """Print one result; exit code 2 with a sentence when it cannot be read."""
+def _left_out(content: Mapping[str, Any]) -> list[str]:
+    """Baselines that did not run, joined over the ops that share a reason, and whatever else was not done."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in content.get("absent", []):
+        reasons.setdefault((each["baseline"], each["reason"]), []).append(each["name"])
+    lines = [f"absent: {name} ({', '.join(ops)}): {why}" for (name, why), ops in reasons.items()]
+    return lines + [f"left out: {sentence}" for sentence in content.get("left_out", [])]
+
+
+def _targets(content: Mapping[str, Any]) -> list[str]:
+    found = content.get("targets", [])
+    if not found or (content["kind"] != "cuda" and not content.get("exercise")):
+        return []
+    lines = list(
+        table(
+            ("target", "", "wanted", "found", "state"),
+            [(each["op"], each["what"], each["wanted"], targets.shown(each), each["state"]) for each in found],
+        )
+    )
+    for op in dict.fromkeys(each["op"] for each in found if each["state"].startswith("missed")):
+        lines += ["", f"In the way of {op}:", *(f"- {line}" for line in targets.evidence(content, op))]
+    return lines
+
+
+def _profile(content: Mapping[str, Any]) -> list[str]:
+    step = content.get("profile")
+    if not step or "groups" not in step:
+        return []
+    head = (
+        f"A training step of {step['recipe']} ({step['model']}, batch {step['batch']}, {step['precision']}, "
+        f"{'compiled' if step['compiled'] else 'not compiled'}): {seconds(step['seconds'])}, "
+        f"{step['tokens_per_s']:.0f} tokens/s"
+    )
+    groups = [(each["group"], seconds(each["seconds"]), percent(each["share"])) for each in step["groups"]]
+    ours = ", ".join(f"{each['name']} x{each['calls']:.0f}" for each in step["kernels"]) or "none"
+    lines = [head, "", *table(("group", "time", "share"), groups), "", f"our kernels in it: {ours}"]
+    if step["missing"]:
+        lines.append(f"missing: {', '.join(step['missing'])}")
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one result, or bring the README up to date; exit code 2 with a sentence when that cannot be done."""
     if len(argv) != 1:
-        print("Expected one result file: python -m retinar.bench.report FILE.json", file=sys.stderr)
+        print("Expected one result file or --readme: python -m retinar.bench.report FILE.json", file=sys.stderr)
         return 2
     try:
-        print(markdown(record.load(Path(argv[0]))))
+        if argv[0] == "--readme":
+            from retinar.bench import readme
+
+            print(f"written to {readme.update()}")
+        else:
+            print(markdown(record.load(Path(argv[0]))))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

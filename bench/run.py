@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from retinar.bench import machine, record
+from retinar.bench import machine, record, targets
 from retinar.bench.timing import Limits
 from retinar.engine.errors import InputError
 
@@ -29,22 +29,26 @@ def run_suite(device: str, out: Path, keyword: str | None = None) -> tuple[Path,
         raise InputError("Expected the package pytest-benchmark, found none: run `pip install 'retinar[dev]'`.")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "benchmark.json"
+        found, missing = Path(folder) / "benchmark.json", Path(folder) / "absent.json"
         command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
         command += [f"--benchmark-json={found}", f"--bench-device={device}", "--benchmark-columns=median,min,rounds"]
-        command += ["-k", keyword] if keyword else []
+        command += [f"--bench-absent={missing}", *(["-k", keyword] if keyword else [])]
         done = subprocess.run(command, stdout=sys.stderr)
         if done.returncode or not found.is_file():
             why = "no benchmark of that name" if done.returncode == 5 else "a benchmark that fails (see above)"
             raise InputError(f"Expected every benchmark to run, found {why}: nothing is recorded.")
         content = json.loads(found.read_text(encoding="utf-8"))
+        absent = json.loads(missing.read_text(encoding="utf-8"))
     rows = [each["extra_info"]["row"] for each in content["benchmarks"]]
     limits = {
         name: Limits(**limit)
         for each in content["benchmarks"]
         for name, limit in each["extra_info"].get("limits", {}).items()
     }
-    document = record.document(device, rows, limits, {"passed": True, "by": "bench.ops.check on every case"})
+    names = {row["name"] for row in rows}
+    document = record.document(device, rows, limits, {"passed": True, "by": "bench.checks, every case"})
+    document["absent"] = [each for each in absent if each["name"] in names]
+    document["targets"] = targets.evaluate(document)
     return record.save(out, document), document
 
 

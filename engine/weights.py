@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from retinar.engine.errors import InputError
@@ -57,6 +55,8 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (key, tensor) of one safetensors file; as :func:`read_weights`."""
+    from safetensors import SafetensorError, safe_open  # here, so that training and measuring need torch alone
+
     try:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (a safe_open is no dict)
@@ -91,6 +91,9 @@ def weights_digest(folder: Path) -> str:
 
 def write_file(path: Path, shard: Mapping[str, Tensor]) -> None:
     """One safetensors file (not atomic: for folders that nobody reads yet)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     # safetensors refuses tensors that share storage, as views of a packed matrix do: copy those, one shard at a time.
     whole = {}
     for key, tensor in shard.items():

@@ -12,7 +12,8 @@ from retinar.engine.progress import Progress
 
 @dataclass
 class Bench:
-    """Time every op with every backend beside what this device allows, check it first, and file the figures.
+    """Time every op with every backend, forward and backward, beside what this device allows and beside plain torch,
+    SDPA and other libraries' kernels; check it first, and file the figures. For a GPU, see also `make gpu`.
 
     Example: retinar bench --only rope_attention
     """

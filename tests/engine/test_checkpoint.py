@@ -346,7 +346,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retinar.engine.weights.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_gpt(tmp_path / "a", gpt, tokenizer=tokenizer)
     assert digest(tmp_path / "a") == before
