@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,9 @@ def run_suite(device: str, out: Path, keyword: str | None = None) -> tuple[Path,
         command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
         command += [f"--benchmark-json={found}", f"--bench-device={device}", "--benchmark-columns=median,min,rounds"]
         command += [f"--bench-absent={missing}", *(["-k", keyword] if keyword else [])]
-        done = subprocess.run(command, stdout=sys.stderr)
+        # The suite is a run of its own, also when it is started from a test: pytest's variables are not for it.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        done = subprocess.run(command, stdout=sys.stderr, env=environment)
         if done.returncode or not found.is_file():
             why = "no benchmark of that name" if done.returncode == 5 else "a benchmark that fails (see above)"
             raise InputError(f"Expected every benchmark to run, found {why}: nothing is recorded.")

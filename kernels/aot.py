@@ -5,7 +5,9 @@ Needs Triton, whose wheel carries NVIDIA's assembler and ``cuobjdump``, in a pro
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import re
 import subprocess
 import tempfile
@@ -24,17 +26,21 @@ SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}
 SHARED_BLOCK_BYTES = {80: 99 * 1024, 90: 227 * 1024}  # of one block; 8.6 and 8.9 too, which run the variants of 80
 RESERVED_BYTES = 1024  # of each block, by the system
 
+SERIALIZED = "instructions are serialized"  # of the assembler's note C7515
+
 
 @dataclass(frozen=True)
 class Resources:
     """What one variant occupies. ``registers``: a thread; ``stack_bytes``: a thread's local memory, where spilled
-    registers go; ``shared_bytes``: a block."""
+    registers go; ``shared_bytes``: a block; ``serialized``: the assembler found no way to let the asynchronous matrix
+    products of 9.0 overlap (its note C7515), so that each waits for the one before."""
 
     registers: int
     stack_bytes: int
     shared_bytes: int
     num_warps: int
     architecture: int
+    serialized: bool = False
 
     @property
     def occupancy(self) -> float:
@@ -106,9 +112,32 @@ def compile_variant(kernel: Kernel, variant: Variant) -> Resources:
     import triton
 
     ast, target, options = source(kernel, variant)
-    compiled = triton.compile(ast, target=target, options=options)
+    said = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(ast, target=target, options=options)
     registers, stack = _usage(compiled.asm["cubin"])
-    return Resources(registers, stack, compiled.metadata.shared, variant.num_warps, variant.architecture)
+    serialized = "wgmma.mma_async" in compiled.asm["ptx"] and SERIALIZED in _log(compiled, said.getvalue())
+    return Resources(registers, stack, compiled.metadata.shared, variant.num_warps, variant.architecture, serialized)
+
+
+def _log(compiled: Any, said: str) -> str:
+    """What the assembler said of a kernel, kept beside its code: ``said`` is empty when that comes from the cache."""
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    cache = get_cache_manager(compiled.hash)
+    kept = cache.get_file("ptxas.log")
+    if not said and kept is not None:
+        return Path(kept).read_text(encoding="utf-8")
+    if not said:  # compiled by a launch, which does not keep it
+        with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+            file.write(compiled.asm["ptx"])
+            file.flush()
+            command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    cache.put(said, "ptxas.log", binary=False)
+    return said
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

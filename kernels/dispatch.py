@@ -95,7 +95,12 @@ class Op:
             ctx.backend = keyword_only_inputs.get("backend")
             save(ctx, inputs, output)
 
-        torch.library.register_autograd(self.qualified_name, backward, setup_context=setup_context, lib=LIBRARY)
+        def once(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():  # only under create_graph=True: the gradient's own gradient would be a silent 0
+                raise RuntimeError(f"{self.name} can be differentiated once: call backward without create_graph=True")
+            return backward(ctx, *grads)
+
+        torch.library.register_autograd(self.qualified_name, once, setup_context=setup_context, lib=LIBRARY)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         return self._overload(*args, backend=backend)

@@ -2,10 +2,10 @@
 
 A variant is everything that makes Triton compile another binary: architecture, pointer types, constants, warps and
 pipeline stages. `Kernel.launch` refuses one that is not in the kernel's table, and the test suite compiles every entry
-of every table, so no binary runs on a GPU whose registers and spills nobody has looked at. For that to hold, nothing
-else may specialise a kernel: pointers are always 16-byte aligned (`aligned`), and integers are annotated ``tl.int64``
-and named in ``do_not_specialize``. What the compiler should know about a stride is a factor: pass ``stride // VEC`` and
-multiply by the constant VEC inside.
+of every table for 8.0 and 9.0, so no binary runs there whose registers and spills nobody has looked at. (Other GPUs of
+compute capability 8 and above take the same variants.) For that to hold, nothing else may specialise a kernel: pointers
+are always 16-byte aligned (`aligned`), and integers are annotated ``tl.int64`` and named in ``do_not_specialize``. What
+the compiler should know about a stride is a factor: pass ``stride // VEC`` and multiply by the constant VEC inside.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def rope_attention(
 
     Returns:
         [B, H, N, D] in q's dtype, a view of [B, N, H, D] memory, so that merging the heads copies nothing (any strides
-        with "sdpa"). Differentiable in q, k and v.
+        with "sdpa"). Differentiable in q, k and v, once.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, dropout without a seed, or a backend that cannot run.
@@ -103,8 +103,10 @@ def rope_attention(
     if dropout_p > 0 and seed is None:
         raise ValueError("rope_attention: dropout needs a seed, so that the mask can be made again; pass seed=")
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:
+    if not 0 < scale < float("inf"):
         raise ValueError(f"rope_attention: expected a positive scale, found {scale}")
+    if isinstance(seed, Tensor) and seed.numel() != 1:
+        raise ValueError(f"rope_attention: expected one seed, found {tuple(seed.shape)}")
     device = q_BHND.device
     key = torch.zeros((), dtype=torch.int64, device=device) if seed is None else seed_tensor(seed, device).to(device)
     options = rope_NC2, float(dropout_p), key, scale
@@ -156,8 +158,10 @@ def _flash_unsupported(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, dropout_p:
     return _DROPS_OTHERWISE if dropout_p > 0 else None
 
 
-def _triton_unsupported(x: Tensor, *_: Any) -> str | None:
+def _triton_unsupported(x: Tensor, *others: Any) -> str | None:
     head_dim = x.shape[-1]
+    if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in others):
+        return "it takes a rope table in float32, found float64"
     if head_dim % 4 or head_dim > 128:
         return f"it takes head dims that are multiples of 4 up to 128, found {head_dim}"
     return None

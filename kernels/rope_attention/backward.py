@@ -20,47 +20,57 @@ from retinar.kernels.rope_attention.tiles import (
     store_tile,
 )
 
+STRETCH = tl.constexpr(128)  # rows that scratch memory is a multiple of: no tile has more
 _STRIDES = ["qb", "qh", "qn", "kb", "kg", "kn", "vb", "vg", "vn", "gb", "gh", "gn"]
-_SIZES = ["positions", "head_dim", "heads", "ratio", "threshold"]
+_SIZES = ["positions", "padded", "head_dim", "heads", "ratio", "threshold", "blocks"]
 
 
-@triton.jit(do_not_specialize=["gb", "gh", "gn", "ob", "oh", "on", "positions", "head_dim", "heads"])
+@triton.jit(
+    do_not_specialize=["gb", "gh", "gn", "ob", "oh", "on", "positions", "padded", "head_dim", "heads", "blocks"]
+)
 def _rope_attention_backward_row_sums(
-    grad, out, sums, gb: tl.int64, gh: tl.int64, gn: tl.int64, ob: tl.int64, oh: tl.int64, on: tl.int64,
-    positions: tl.int64, head_dim: tl.int64, heads: tl.int64,
+    grad, out, lse, lse2, sums, gb: tl.int64, gh: tl.int64, gn: tl.int64, ob: tl.int64, oh: tl.int64, on: tl.int64,
+    positions: tl.int64, padded: tl.int64, head_dim: tl.int64, heads: tl.int64, blocks: tl.int64,
     VEC: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(dO * O): with or without dropout it is rowsum(dP * P), without the N x N matrices."""
-    head = tl.program_id(1).to(tl.int64)
+    """rowsum(dO * O), which with or without dropout is rowsum(dP * P), and the log-sum-exp in base 2.
+
+    Both go to scratch memory with rows up to a multiple of `STRETCH` (``padded`` of them), so that the kernels after
+    this one read it without masks and in 16-byte pieces. A row that does not exist has an infinite log-sum-exp:
+    exp2(s - inf) = 0.
+    """
+    head = (tl.program_id(0) // blocks.to(tl.int32)).to(tl.int64)
+    first = tl.program_id(0) % blocks.to(tl.int32) * ROWS
     b, h = head // heads, head % heads
     dim = dim_of(head_dim, VEC, HALF, EXACT)
     n = positions.to(tl.int32)
-    first = tl.program_id(0) * ROWS
     rows = first + tl.arange(0, ROWS)
     do = load_tile(grad + (b * gb + h * gh) * VEC, gn * VEC, first, n, dim, ROWS, HALF, EXACT, False)
     o = load_tile(out + (b * ob + h * oh) * VEC, on * VEC, first, n, dim, ROWS, HALF, EXACT, False)
-    sums_R = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(sums + head * positions + rows, sums_R, mask=rows < n)
+    lse_R = tl.load(lse + head * positions + rows, mask=rows < n, other=float("inf"))
+    place = head * (padded * STRETCH) + rows
+    tl.store(lse2 + place, lse_R * LOG2E)
+    tl.store(sums + place, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1))
 
 
 @triton.jit
 def _collect(
-    dk, dv, k_tile, v_tile, q, grad, rope, lse, sums, key, q_stride, g_stride, first, head,
-    positions, head_dim, threshold, scale, keep_scale, low, high,
+    dk, dv, k_tile, v_tile, q, grad, rope, lse2, sums, key, q_stride, g_stride, first, head, positions, head_dim,
+    threshold, scale, keep_scale, low, high, after,
     HALF: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TURNED: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """Queries low .. high into the gradients of the keys and values from ``first`` on.
+    """Blocks low .. high of queries into the gradients of the keys and values from ``first`` on.
 
-    Everything is transposed, [COLUMNS, ROWS]. INSIDE: all the queries exist and come after every key.
+    Everything is transposed, [COLUMNS, ROWS]. INSIDE: all the queries exist and come after every key. Otherwise the
+    blocks up to ``after`` are those on the diagonal, and the one after them is the block that the end cuts.
     """
-    for start in range(low, high, ROWS):
+    for block in range(low, high):
+        start = block * ROWS if INSIDE else tl.where(block < after, block, positions // ROWS) * ROWS
         rows = start + tl.arange(0, ROWS)
         q_tile = load_rotated(q, q_stride, rope, start, positions, head_dim, ROWS, HALF, EXACT, INSIDE, TURNED)
-        # A row that does not exist has an infinite sum: exp2(s - inf) = 0.
-        lse_R = tl.load(lse + rows) if INSIDE else tl.load(lse + rows, mask=rows < positions, other=float("inf"))
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        p = tl.exp2(scores * (scale * LOG2E) - (lse_R * LOG2E)[None, :])
+        p = tl.exp2(scores * (scale * LOG2E) - tl.load(lse2 + rows)[None, :])
         if not INSIDE:
             p = tl.where(rows[None, :] >= (first + tl.arange(0, COLUMNS))[:, None], p, 0.0)
         do = load_tile(grad, g_stride, start, positions, head_dim, ROWS, HALF, EXACT, INSIDE)
@@ -71,27 +81,26 @@ def _collect(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        sums_R = tl.load(sums + rows) if INSIDE else tl.load(sums + rows, mask=rows < positions, other=0.0)
-        ds = (p * (dp - sums_R[None, :])).to(do.dtype)
+        ds = (p * (dp - tl.load(sums + rows)[None, :])).to(do.dtype)
         dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "db", "dh", "dn", "eb", "eh", "en", *_SIZES])
 def _rope_attention_backward_kv(
-    grad, q, k, v, rope, seed, lse, sums, grad_k, grad_v,
+    grad, q, k, v, rope, seed, lse2, sums, grad_k, grad_v,
     qb: tl.int64, qh: tl.int64, qn: tl.int64, kb: tl.int64, kg: tl.int64, kn: tl.int64,
     vb: tl.int64, vg: tl.int64, vn: tl.int64, gb: tl.int64, gh: tl.int64, gn: tl.int64,
     db: tl.int64, dh: tl.int64, dn: tl.int64, eb: tl.int64, eh: tl.int64, en: tl.int64,
-    positions: tl.int64, head_dim: tl.int64, heads: tl.int64, ratio: tl.int64, threshold: tl.int64,
-    scale: tl.float32, keep_scale: tl.float32,
+    positions: tl.int64, padded: tl.int64, head_dim: tl.int64, heads: tl.int64, ratio: tl.int64, threshold: tl.int64,
+    blocks: tl.int64, scale: tl.float32, keep_scale: tl.float32,
     VEC: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """One program: COLUMNS keys and values, over the queries of one head from them on. TURNED: q and k were rotated
     before."""
-    first = tl.program_id(0) * COLUMNS
-    head = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) // blocks.to(tl.int32)).to(tl.int64)
+    first = tl.program_id(0) % blocks.to(tl.int32) * COLUMNS
     b, h = head // heads, head % heads
     g = h // ratio
     dim = dim_of(head_dim, VEC, HALF, EXACT)
@@ -100,27 +109,25 @@ def _rope_attention_backward_kv(
     k += (b * kb + g * kg) * VEC
     v += (b * vb + g * vg) * VEC
     grad += (b * gb + h * gh) * VEC
-    lse += head * positions
-    sums += head * positions
+    lse2 += head * (padded * STRETCH)
+    sums += head * (padded * STRETCH)
     k_tile = load_rotated(k, kn * VEC, rope, first, n, dim, COLUMNS, HALF, EXACT, False, TURNED)
     v_tile = load_tile(v, vn * VEC, first, n, dim, COLUMNS, HALF, EXACT, False)
     key = tl.load(seed)
     dk = tl.zeros((COLUMNS, 2 * HALF), tl.float32)
     dv = tl.zeros((COLUMNS, 2 * HALF), tl.float32)
-    # Three stretches of queries: those among the keys, those after them, and the block that the end cuts.
-    after = tl.minimum(first + COLUMNS, n)
-    whole = after + (n - after) // ROWS * ROWS
+    # First the queries after all these keys, then, with masks, those among them and the block that the end cuts. (One
+    # masked loop, and after the other: ptxas then lets the products of the tensor cores overlap.)
+    low = first // ROWS
+    after = low + tl.minimum(COLUMNS // ROWS, tl.cdiv(n - first, ROWS))
+    cut = ((n % ROWS != 0) & (n // ROWS >= low + COLUMNS // ROWS)).to(tl.int32)
     dk, dv = _collect(
-        dk, dv, k_tile, v_tile, q, grad, rope, lse, sums, key, qn * VEC, gn * VEC, first, head, n, dim, threshold,
-        scale, keep_scale, first, after, HALF, EXACT, DROPOUT, ROWS, COLUMNS, TURNED, False,
+        dk, dv, k_tile, v_tile, q, grad, rope, lse2, sums, key, qn * VEC, gn * VEC, first, head, n, dim, threshold,
+        scale, keep_scale, low + COLUMNS // ROWS, n // ROWS, 0, HALF, EXACT, DROPOUT, ROWS, COLUMNS, TURNED, True,
     )  # fmt: skip
     dk, dv = _collect(
-        dk, dv, k_tile, v_tile, q, grad, rope, lse, sums, key, qn * VEC, gn * VEC, first, head, n, dim, threshold,
-        scale, keep_scale, after, whole, HALF, EXACT, DROPOUT, ROWS, COLUMNS, TURNED, True,
-    )  # fmt: skip
-    dk, dv = _collect(
-        dk, dv, k_tile, v_tile, q, grad, rope, lse, sums, key, qn * VEC, gn * VEC, first, head, n, dim, threshold,
-        scale, keep_scale, whole, n, HALF, EXACT, DROPOUT, ROWS, COLUMNS, TURNED, False,
+        dk, dv, k_tile, v_tile, q, grad, rope, lse2, sums, key, qn * VEC, gn * VEC, first, head, n, dim, threshold,
+        scale, keep_scale, low, after + cut, after, HALF, EXACT, DROPOUT, ROWS, COLUMNS, TURNED, False,
     )  # fmt: skip
     dv *= keep_scale
     store_tile(grad_v + (b * eb + h * eh) * VEC, en * VEC, first, n, dim, dv, COLUMNS, HALF, EXACT)
@@ -130,7 +137,7 @@ def _rope_attention_backward_kv(
 
 @triton.jit
 def _gather(
-    dq, q_tile, do, lse_R, sums_R, k, v, rope, key, k_stride, v_stride, rows, head, positions,
+    dq, q_tile, do, lse2_R, sums_R, k, v, rope, key, k_stride, v_stride, rows, head, positions,
     head_dim, threshold, scale, keep_scale, low, high,
     HALF: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TURNED: tl.constexpr, INSIDE: tl.constexpr,
@@ -139,7 +146,7 @@ def _gather(
     for start in range(low, high, COLUMNS):
         k_tile = load_rotated(k, k_stride, rope, start, positions, head_dim, COLUMNS, HALF, EXACT, INSIDE, TURNED)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        p = tl.exp2(scores * (scale * LOG2E) - (lse_R * LOG2E)[:, None])
+        p = tl.exp2(scores * (scale * LOG2E) - lse2_R[:, None])
         if not INSIDE:
             p = tl.where(rows[:, None] >= (start + tl.arange(0, COLUMNS))[None, :], p, 0.0)
         v_tile = load_tile(v, v_stride, start, positions, head_dim, COLUMNS, HALF, EXACT, INSIDE)
@@ -153,18 +160,18 @@ def _gather(
 
 @triton.jit(do_not_specialize=[*_STRIDES, "db", "dh", "dn", *_SIZES])
 def _rope_attention_backward_q(
-    grad, q, k, v, rope, seed, lse, sums, grad_q,
+    grad, q, k, v, rope, seed, lse2, sums, grad_q,
     qb: tl.int64, qh: tl.int64, qn: tl.int64, kb: tl.int64, kg: tl.int64, kn: tl.int64,
     vb: tl.int64, vg: tl.int64, vn: tl.int64, gb: tl.int64, gh: tl.int64, gn: tl.int64,
     db: tl.int64, dh: tl.int64, dn: tl.int64,
-    positions: tl.int64, head_dim: tl.int64, heads: tl.int64, ratio: tl.int64, threshold: tl.int64,
-    scale: tl.float32, keep_scale: tl.float32,
+    positions: tl.int64, padded: tl.int64, head_dim: tl.int64, heads: tl.int64, ratio: tl.int64, threshold: tl.int64,
+    blocks: tl.int64, scale: tl.float32, keep_scale: tl.float32,
     VEC: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries of one head, over all keys up to them. TURNED: q and k were rotated before."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    head = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) // blocks.to(tl.int32)).to(tl.int64)
+    first = (blocks.to(tl.int32) - 1 - tl.program_id(0) % blocks.to(tl.int32)) * ROWS
     b, h = head // heads, head % heads
     g = h // ratio
     dim = dim_of(head_dim, VEC, HALF, EXACT)
@@ -173,18 +180,18 @@ def _rope_attention_backward_q(
     q += (b * qb + h * qh) * VEC
     q_tile = load_rotated(q, qn * VEC, rope, first, n, dim, ROWS, HALF, EXACT, False, TURNED)
     do = load_tile(grad + (b * gb + h * gh) * VEC, gn * VEC, first, n, dim, ROWS, HALF, EXACT, False)
-    lse_R = tl.load(lse + head * positions + rows, mask=rows < n, other=float("inf"))
-    sums_R = tl.load(sums + head * positions + rows, mask=rows < n, other=0.0)
+    lse2_R = tl.load(lse2 + head * (padded * STRETCH) + rows)
+    sums_R = tl.load(sums + head * (padded * STRETCH) + rows)
     k += (b * kb + g * kg) * VEC
     v += (b * vb + g * vg) * VEC
     key = tl.load(seed)
     dq = tl.zeros((ROWS, 2 * HALF), tl.float32)
     dq = _gather(
-        dq, q_tile, do, lse_R, sums_R, k, v, rope, key, kn * VEC, vn * VEC, rows, head, n, dim,
+        dq, q_tile, do, lse2_R, sums_R, k, v, rope, key, kn * VEC, vn * VEC, rows, head, n, dim,
         threshold, scale, keep_scale, 0, first, HALF, EXACT, DROPOUT, ROWS, COLUMNS, TURNED, True,
     )  # fmt: skip
     dq = _gather(
-        dq, q_tile, do, lse_R, sums_R, k, v, rope, key, kn * VEC, vn * VEC, rows, head, n, dim,
+        dq, q_tile, do, lse2_R, sums_R, k, v, rope, key, kn * VEC, vn * VEC, rows, head, n, dim,
         threshold, scale, keep_scale, first, tl.minimum(first + ROWS, n), HALF, EXACT, DROPOUT, ROWS, COLUMNS, TURNED,
         False,
     )  # fmt: skip

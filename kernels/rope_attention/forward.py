@@ -42,7 +42,7 @@ def _attend(
 @triton.jit(
     do_not_specialize=[
         "qb", "qh", "qn", "kb", "kg", "kn", "vb", "vg", "vn", "ob", "oh", "on", "positions", "head_dim", "heads",
-        "ratio", "threshold",
+        "ratio", "threshold", "blocks",
     ]
 )  # fmt: skip
 def _rope_attention_forward(
@@ -50,17 +50,17 @@ def _rope_attention_forward(
     qb: tl.int64, qh: tl.int64, qn: tl.int64, kb: tl.int64, kg: tl.int64, kn: tl.int64,
     vb: tl.int64, vg: tl.int64, vn: tl.int64, ob: tl.int64, oh: tl.int64, on: tl.int64,
     positions: tl.int64, head_dim: tl.int64, heads: tl.int64, ratio: tl.int64, threshold: tl.int64,
-    scale: tl.float32, keep_scale: tl.float32,
+    blocks: tl.int64, scale: tl.float32, keep_scale: tl.float32,
     VEC: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS queries of one head. The long rows start first, so that the short ones fill the tail.
+    """One program: ROWS queries of one head. Of a head's blocks, the long ones start first.
 
     Strides and the head dim come in units of VEC elements; ``ratio`` query heads share a key-value head. TURNED: k was
     rotated before.
     """
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    head = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) // blocks.to(tl.int32)).to(tl.int64)
+    first = (blocks.to(tl.int32) - 1 - tl.program_id(0) % blocks.to(tl.int32)) * ROWS
     b, h = head // heads, head % heads
     g = h // ratio
     dim = dim_of(head_dim, VEC, HALF, EXACT)

@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = (Shape(16, True), Shape(32, True), Shape(64, True), Shape(64, False))
-MOST_ROWS = 128  # of any tile
+MOST_ROWS = 128  # of any tile; scratch memory of the backward is a multiple of it
 PASS_ROWS, PASS_WARPS = 32, 4  # of the kernels that go once over memory
 
 
@@ -53,17 +53,18 @@ def shape_of(head_dim: int) -> Shape:
     return exact if exact in SHAPES else SHAPES[-1]
 
 
-# A tile is cut where its registers end: each of these is the largest of those tried that compiles without a spill. On
-# 8.x, operands of the tensor cores go through registers and tiles are smaller; fp32 is multiplied without tensor cores.
+# A tile is cut where its registers end: none of these spills one, and on 9.0 none makes the assembler serialise the
+# matrix products. Of two that pass, the one with more warps to a multiprocessor is taken. On 8.x, operands of the
+# tensor cores go through registers and tiles are smaller; fp32 is multiplied without tensor cores.
 
 
 def forward_tile(arch: int, dtype: torch.dtype, shape: Shape, dropout: bool, turned: bool) -> Tile:
     """Tile of the forward kernel."""
     if dtype == torch.float32:
-        return Tile(16, 16, 4, 1) if shape.half == 64 else Tile(32, 32, 4, 1)
+        return Tile(16 if shape.half == 64 else 32, 16, 4, 1)
     if shape.half == 64:
         return Tile(128, 64, 8, 2) if arch == 90 else Tile(64, 32, 4, 2)
-    return Tile(128, 64, 8, 3)
+    return Tile(64, 64, 4, 3) if arch == 90 and turned else Tile(128, 64, 8, 3)
 
 
 def backward_kv_tile(arch: int, dtype: torch.dtype, shape: Shape, dropout: bool, turned: bool) -> Tile:
@@ -73,19 +74,21 @@ def backward_kv_tile(arch: int, dtype: torch.dtype, shape: Shape, dropout: bool,
             return Tile(16, 16, 8, 2 if dropout else 1)
         return Tile(16, 16 if shape.half == 16 else 32, 4, 1)
     if shape.half == 64:
-        return Tile(32, 64, 8, 2) if arch == 90 and dropout else Tile(64, 64, 8, 2)
-    if arch == 90:
-        return Tile(64, 128, 8, 2)
-    if shape.half == 32 and dropout and not turned:
-        return Tile(32, 32, 4, 1)
-    return Tile(32, 128, 8, 1 if shape.half == 32 and turned else 2)
+        return Tile(32, 64, 8, 2) if arch == 90 and (dropout or not shape.exact) else Tile(64, 64, 8, 2)
+    if dropout and not turned:
+        return Tile(32, 128, 8, 2) if arch == 90 or shape.half == 16 else Tile(32, 32, 4, 1)
+    return Tile(64 if arch == 90 else 32, 128, 8, 2)
 
 
 def backward_q_tile(arch: int, dtype: torch.dtype, shape: Shape, dropout: bool, turned: bool) -> Tile:
     """Tile of the kernel for the gradient of the queries."""
     if dtype == torch.float32:
         return Tile(16, 16, 8, 1) if shape.half == 64 else Tile(32, 16, 4, 1)
-    return Tile(128, 32 if shape.half == 64 or arch == 80 else 64, 8, 2)
+    if arch == 90 and shape.half < 64:
+        return Tile(64, 64, 4, 3 if turned and not dropout else 2)
+    if arch == 80 and shape.half == 64 and dropout:
+        return Tile(64, 32, 8, 2)
+    return Tile(128, 32, 8, 1 if arch == 90 and dropout else 2)
 
 
 Choose = Callable[[int, torch.dtype, Shape, bool, bool], Tile]
@@ -141,7 +144,7 @@ def _pass_table(pointers: str) -> Callable[[int], Iterator[Variant]]:
 
 FORWARD = Kernel("rope_attention", _rope_attention_forward, _table(forward_tile, "xxxfsxf"))
 TURN = Kernel("rope_attention", _rope_attention_turn, _pass_table("xfx"))
-BACKWARD_ROW_SUMS = Kernel("rope_attention", _rope_attention_backward_row_sums, _pass_table("xxf"))
+BACKWARD_ROW_SUMS = Kernel("rope_attention", _rope_attention_backward_row_sums, _pass_table("xxfff"))
 BACKWARD_KV = Kernel("rope_attention", _rope_attention_backward_kv, _table(backward_kv_tile, "xxxxfsffxx"))
 BACKWARD_Q = Kernel("rope_attention", _rope_attention_backward_q, _table(backward_q_tile, "xxxxfsffx"))
 KERNELS = (TURN, FORWARD, BACKWARD_ROW_SUMS, BACKWARD_KV, BACKWARD_Q)
@@ -164,10 +167,11 @@ def rope_attention(
     if turned:
         k = _turn(k, rope, shape)
     dim = head_dim // shape.vector
-    numbers = positions, dim, heads, heads // k.shape[1], threshold, scale, 256 / (256 - threshold)
+    blocks = triton.cdiv(positions, tile.rows)
+    numbers = positions, dim, heads, heads // k.shape[1], threshold, blocks, scale, 256 / (256 - threshold)
     FORWARD.launch(
-        (triton.cdiv(positions, tile.rows), batch * heads),
-        (q, k, v, rope, seed, o_BHND, lse_BHN, *_strides(shape, q, k, v, o_BHND), *numbers),
+        (blocks * batch * heads,),
+        (q, k, v, rope, aligned(seed), o_BHND, lse_BHN, *_strides(shape, q, k, v, o_BHND), *numbers),
         constants(shape, threshold > 0, turned, tile),
         tile.num_warps,
         tile.num_stages,
@@ -217,46 +221,53 @@ def _backward_into(
     if q_BHND.numel() == 0:
         return
     shape, threshold = shape_of(head_dim), dropout_threshold(dropout_p)
-    rope, lse = aligned(rope_NC2.contiguous()), aligned(lse_BHN.contiguous())
+    rope, lse, seed = aligned(rope_NC2.contiguous()), aligned(lse_BHN.contiguous()), aligned(seed)
     grad, q, k, v, o = (_readable(each, shape) for each in (grad_BHND, q_BHND, k_BGND, v_BGND, o_BHND))
-    sums = torch.empty_like(lse)
-    dim = head_dim // shape.vector
+    padded, dim = triton.cdiv(positions, MOST_ROWS), head_dim // shape.vector
+    lse2, sums = lse.new_empty(2, batch * heads, padded * MOST_ROWS)
+    blocks = padded * MOST_ROWS // PASS_ROWS
     BACKWARD_ROW_SUMS.launch(
-        (triton.cdiv(positions, PASS_ROWS), batch * heads),
-        (grad, o, sums, *_strides(shape, grad, o), positions, dim, heads),
+        (blocks * batch * heads,),
+        (grad, o, lse, lse2, sums, *_strides(shape, grad, o), positions, padded, dim, heads, blocks),
         _pass_constants(shape),
         PASS_WARPS,
     )
     turned = turn_first(positions, q.dtype, shape)
     if turned:
         q, k = _turn(q, rope, shape), _turn(k, rope, shape)
-    # Each query head makes its own gradients of k and v; those that share a key-value head are summed at the end.
-    each_head = grads[1:] if groups == heads else tuple(q_BHND.new_empty(q_BHND.shape) for _ in range(2))
-    numbers = positions, dim, heads, heads // groups, threshold, scale, 256 / (256 - threshold)
+    # Each query head makes its own gradients; those that share a key-value head are summed at the end. A part of a
+    # packed gradient may start where no 16-byte access can.
+    made = tuple(
+        part if part.shape == q_BHND.shape and part.data_ptr() % 16 == 0 else q_BHND.new_empty(q_BHND.shape)
+        for part in grads
+    )
     for kernel, choose, axis, written in (
-        (BACKWARD_KV, backward_kv_tile, "columns", each_head),
-        (BACKWARD_Q, backward_q_tile, "rows", grads[:1]),
+        (BACKWARD_KV, backward_kv_tile, "columns", made[1:]),
+        (BACKWARD_Q, backward_q_tile, "rows", made[:1]),
     ):
         tile = choose(architecture(q.device) or 0, q.dtype, shape, threshold > 0, turned)
+        blocks = triton.cdiv(positions, getattr(tile, axis))
+        numbers = positions, padded, dim, heads, heads // groups, threshold, blocks, scale, 256 / (256 - threshold)
         kernel.launch(
-            (triton.cdiv(positions, getattr(tile, axis)), batch * heads),
-            (grad, q, k, v, rope, seed, lse, sums, *written, *_strides(shape, q, k, v, grad, *written), *numbers),
+            (blocks * batch * heads,),
+            (grad, q, k, v, rope, seed, lse2, sums, *written, *_strides(shape, q, k, v, grad, *written), *numbers),
             constants(shape, threshold > 0, turned, tile),
             tile.num_warps,
             tile.num_stages,
         )
-    if groups != heads:
-        for part, per_head in zip(grads[1:], each_head, strict=True):
-            part.copy_(per_head.unflatten(1, (groups, -1)).sum(2))
+    for part, found in zip(grads, made, strict=True):
+        if found is not part:
+            part.copy_(found if part.shape == found.shape else found.unflatten(1, (groups, -1)).sum(2))
 
 
 def _turn(x: Tensor, rope: Tensor, shape: Shape) -> Tensor:
     """[B, H, N, D] rotated, as [B, H, N, even half | odd half] with the halves padded to the kernels' width."""
     batch, heads, positions, head_dim = x.shape
     out = x.new_empty(batch, heads, positions, 2 * shape.half)
+    blocks = triton.cdiv(positions, PASS_ROWS)
     TURN.launch(
-        (triton.cdiv(positions, PASS_ROWS), batch * heads),
-        (x, rope, out, *_strides(shape, x), positions, head_dim // shape.vector, heads),
+        (blocks * batch * heads,),
+        (x, rope, out, *_strides(shape, x), positions, head_dim // shape.vector, heads, blocks),
         _pass_constants(shape),
         PASS_WARPS,
     )

@@ -76,7 +76,9 @@ def apply_rope(x_BHND: Tensor, rope_NC2: Tensor) -> Tensor:
 
 
 def check_rope(op: str, rope_NC2: Tensor, positions: int, head_dim: int) -> None:
-    """Raises unless the table covers the positions and fits the head dimension."""
+    """Raises unless the table covers the positions, fits the head dimension and is fp32 (fp64 for tests)."""
+    if rope_NC2.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: expected a rope table in float32, as rope_table makes it, found {rope_NC2.dtype}")
     if rope_NC2.dim() != 3 or rope_NC2.shape[0] < positions or rope_NC2.shape[1:] != (head_dim // 2, 2) or head_dim % 2:
         raise ValueError(
             f"{op}: expected a rope table [>= {positions}, {head_dim // 2}, 2] for an even head dim, found "

@@ -113,16 +113,16 @@ def dim_of(head_dim, VEC: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr)
     return head_dim.to(tl.int32) * VEC
 
 
-@triton.jit(do_not_specialize=["xb", "xh", "xn", "positions", "head_dim", "heads"])
+@triton.jit(do_not_specialize=["xb", "xh", "xn", "positions", "head_dim", "heads", "blocks"])
 def _rope_attention_turn(
     x, rope, out, xb: tl.int64, xh: tl.int64, xn: tl.int64, positions: tl.int64, head_dim: tl.int64, heads: tl.int64,
-    VEC: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    blocks: tl.int64, VEC: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rotates q or k once, for kernels that would read it often: [B, H, N, D] to [B, H, N, even half | odd half]."""
-    head = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) // blocks.to(tl.int32)).to(tl.int64)
+    start = tl.program_id(0) % blocks.to(tl.int32) * ROWS
     b, h = head // heads, head % heads
     dim = dim_of(head_dim, VEC, HALF, EXACT)
-    start = tl.program_id(0) * ROWS
     n = positions.to(tl.int32)
     x += (b * xb + h * xh) * VEC
     turned = load_rotated(x, xn * VEC, rope, start, n, dim, ROWS, HALF, EXACT, False, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,38 @@ def test_shared_heads_of_strided_inputs_get_their_gradients() -> None:
         _run(strided, k, v, grad, rope, "triton", 0.0), _run(q, k, v, grad, rope, "triton", 0.0), strict=True
     ):
         assert torch.equal(one, other)
+
+
+def test_seeds_as_the_model_hands_them_out() -> None:
+    """One tensor of seeds, a layer each: every other one starts at no multiple of 16 bytes."""
+    q, k, v, _, rope = _inputs(1, 1, 1, 9, 32, torch.float32)
+    seeds = torch.arange(5, 9).unbind()
+    results = [ops.rope_attention(q, k, v, rope, dropout_p=0.5, seed=seed, backend="triton") for seed in seeds]
+    expected = [ops.rope_attention(q, k, v, rope, dropout_p=0.5, seed=seed, backend="triton") for seed in range(5, 9)]
+    assert all(map(torch.equal, results, expected))
+    with pytest.raises(ValueError, match=r"expected one seed, found \(2,\)"):
+        ops.rope_attention(q, k, v, rope, dropout_p=0.5, seed=torch.arange(2), backend="triton")
+
+
+def test_more_heads_than_a_grid_s_second_axis_has_blocks() -> None:
+    """CUDA allows 65,535 blocks there: all programs lie along the first axis."""
+    from retinar.kernels.rope_attention import gpu
+
+    launched: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(grid)
+            return lambda *args, **options: None
+
+    x = torch.empty(1, 1, 1, 32).expand(70_000, 1, 1, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in gpu.KERNELS:
+            patch.setattr(kernel, "function", Recorded())
+        o, lse = gpu.rope_attention(x, x, x, ops.rope_table(1, 1, 32), 0.0, torch.tensor(0), 1.0)
+        gpu.rope_attention_backward(o, x, x, x, o, lse, ops.rope_table(1, 1, 32), 0.0, torch.tensor(0), 1.0)
+    assert len(launched) == 4
+    assert all(len(grid) == 1 and grid[0] >= 70_000 for grid in launched)
 
 
 def test_addresses_past_2_to_the_31() -> None:
