@@ -7,6 +7,7 @@ from torch import Tensor
 
 from retinar.kernels.cfg_sample import reference
 from retinar.kernels.dispatch import Op, same_device
+from retinar.kernels.launch import triton_backend
 
 SAMPLE = Op(
     "cfg_sample(Tensor logits, Tensor cond_row, Tensor null_row, Tensor cfg_scale, Tensor temperature, Tensor top_k, "
@@ -26,12 +27,21 @@ FILTER = Op(
 )
 
 
+def _triton_unsupported(logits: Tensor, *_: Tensor) -> str | None:
+    return None if logits.dtype == torch.float32 else f"it takes torch.float32, found {logits.dtype}"
+
+
+for _op in (SAMPLE, MIX, FILTER):
+    _op.register("triton", triton_backend("cfg_sample", _op.name, unsupported=_triton_unsupported))
+
+
 def cfg_mix(cond_XV: Tensor, null_XV: Tensor, scale: Tensor | float, *, backend: str | None = None) -> Tensor:
     """Guided logits ``null + (cond - null) * scale``.
 
     Args:
         cond_XV, null_XV: [..., V] of one shape and floating dtype.
-        scale: a number, or a tensor that broadcasts against them.
+        scale: a number, or a tensor that broadcasts to their shape.
+        backend: "triton" (CUDA; fp32), "reference", or None to choose by device.
     """
     if cond_XV.shape != null_XV.shape or cond_XV.dtype != null_XV.dtype:
         raise ValueError(
@@ -52,7 +62,8 @@ def filter_logits(
 
     Args:
         logits_IV: fp32 [I, V].
-        temperature_I: fp32 [I]; top_k_I: int32 [I], 0 or >= V for off; top_p_I: fp32 [I], 1 for off.
+        temperature_I: fp32 [I]; top_k_I: int32 [I], 0 or >= V for off; top_p_I: fp32 [I] in [0, 1], 1 for off.
+        backend: "triton" (CUDA), "reference", or None to choose by device.
 
     Returns:
         fp32 [I, V]. The bits of an image depend on its own row and parameters alone.
@@ -86,7 +97,7 @@ def cfg_sample(
             :func:`filter_logits`.
         seed_I: int64 [I]; index_I: int64 [I]; position_I: int32 [I]: the counter of the noise, see
             :func:`retinar.kernels.philox.gumbel_noise`.
-        backend: "reference", or None to choose by device.
+        backend: "triton" (CUDA), "reference", or None to choose by device.
 
     Returns:
         int64 [I]. An image's code depends on its own rows and parameters alone.

@@ -1,4 +1,7 @@
-"""Guidance and filters against LlamaGen's own numbers, the tie rules, and the draw's distribution."""
+"""Guidance and filters against LlamaGen's own numbers, the tie rules, and the draw's distribution.
+
+What is small enough runs in both runs: on the reference, and on the Triton kernels under their interpreter.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from retinar.kernels import ops
+from retinar.kernels.launch import triton_missing
 
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "golden" / "sampling_expected.safetensors")
 TIED_ROW = 1
@@ -28,7 +32,14 @@ def _filter(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: flo
     )
 
 
-@pytest.mark.parametrize("name", sorted(name for name in GOLDEN if name.startswith("probs.")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.both_runs if name.endswith("t0.7") else [])
+        for name in sorted(GOLDEN)
+        if name.startswith("probs.")
+    ],
+)
 def test_golden_filters(name: str) -> None:
     match = re.fullmatch(r"probs\.k(\d+)\.p([\d.]+)\.t([\d.]+)", name)
     assert match
@@ -40,11 +51,13 @@ def test_golden_filters(name: str) -> None:
     assert torch.equal(actual == 0, expected == 0)
 
 
+@pytest.mark.both_runs
 def test_golden_guidance() -> None:
     mixed = ops.cfg_mix(GOLDEN["cond"], GOLDEN["uncond"], 2.5)
     torch.testing.assert_close(mixed, GOLDEN["mixed.cfg2.5"], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.both_runs
 def test_top_k_keeps_ties_of_the_kth() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0, 2.0]])
     assert torch.isfinite(_filter(logits, top_k=2)).tolist() == [[False, True, True, True, False, True]]
@@ -53,6 +66,7 @@ def test_top_k_keeps_ties_of_the_kth() -> None:
         assert torch.equal(_filter(logits, top_k=off), logits)
 
 
+@pytest.mark.both_runs
 def test_top_p_takes_ties_by_code() -> None:
     """Four equal logits of probability 1/4: p = 0.3 keeps codes 0 and 1 (the sum before code 2 is 0.5)."""
     assert torch.isfinite(_filter(torch.zeros(1, 4), top_p=0.3)).tolist() == [[True, True, False, False]]
@@ -62,10 +76,11 @@ def test_top_p_takes_ties_by_code() -> None:
     assert torch.isfinite(_filter(torch.zeros(1, 4), top_p=0.0)).tolist() == [[True, False, False, False]]
 
 
+@pytest.mark.both_runs
 def test_temperature_zero_is_greedy() -> None:
     logits = torch.tensor([[1.0, 1.001, 0.0]])
-    sampled = _sample(logits.repeat(50, 1), temperature=0.0, index=torch.arange(50))
-    assert sampled.tolist() == [1] * 50
+    sampled = _sample(logits.repeat(30, 1), temperature=0.0, index=torch.arange(30))
+    assert sampled.tolist() == [1] * 30
 
 
 def _sample(
@@ -117,6 +132,57 @@ def test_draws_follow_the_filtered_distribution(top_k: int, top_p: float, draws:
     kept = expected > 0
     assert counts[~kept].sum() == 0
     assert ((counts - expected)[kept] ** 2 / expected[kept]).sum().item() < 60
+
+
+DRAWS, CHUNK, CODES = 1_000_000, 50_000, 12
+
+
+@pytest.fixture(scope="module")
+def noise() -> Tensor:
+    """Of a million draws, made once: `cfg_sample`'s code is the argmax of what the filters leave plus it."""
+    seed, position = torch.full((CHUNK,), 3), torch.full((CHUNK,), 5, dtype=torch.int32)
+    starts = range(0, DRAWS, CHUNK)
+    return torch.cat([ops.gumbel_noise(seed, torch.arange(start, start + CHUNK), position, CODES) for start in starts])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5, 4.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.8), (7, 0.9)])
+def test_a_million_draws(scale: float, top_k: int, top_p: float, noise: Tensor) -> None:
+    """Chi-square, as above, of a million draws, of which the op itself makes two thousand and agrees."""
+    null, towards = torch.randn(2, 1, CODES, generator=torch.Generator().manual_seed(1)) / 4
+    cond = null + towards
+    filtered = _filter(ops.cfg_mix(cond, null, scale), 0.9, top_k, top_p)
+    codes = (filtered + noise).argmax(-1)
+    some = torch.arange(0, DRAWS, 500)
+    rows = cond.expand(len(some), -1), null.expand(len(some), -1)
+    drawn = _sample(rows[0], null=rows[1], scale=scale, temperature=0.9, top_k=top_k, top_p=top_p, index=some)
+    assert torch.equal(drawn, codes[some])
+    expected = filtered.softmax(-1)[0].double() * DRAWS
+    counts = torch.bincount(codes, minlength=CODES).double()
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    assert kept.sum() > 2
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum().item() < 60
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_compiler_contracts_no_guidance(architecture: int) -> None:
+    """Rounded once instead of twice, the mix would make other ties than the reference: the only multiply-adds in the
+    code of cfg_mix add 0, there is no plain product, and the assembler keeps both."""
+    import triton
+
+    from retinar.kernels import aot
+    from retinar.kernels.cfg_sample import gpu
+
+    for variant in aot.ordered(gpu.MIX, architecture):
+        ast, target, options = aot.source(gpu.MIX, variant)
+        ptx = triton.compile(ast, target=target, options=options).asm["ptx"]
+        fused = re.findall(r"fma\.rn\.f32.*, (\S+);", ptx)
+        assert fused
+        assert set(fused) == {"0f00000000"}
+        assert "mul.f32" not in ptx
+        assert "mul.rn.f32" not in ptx
 
 
 LOGITS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 0.5001, 2.0, 4.0]), min_size=1, max_size=40)
@@ -174,6 +240,7 @@ def test_an_image_does_not_depend_on_the_others(data: st.DataObject, images: int
         assert ops.cfg_sample(pair, *alone).item() == together[image].item()
 
 
+@pytest.mark.both_runs
 def test_lowest_code_wins_a_tie() -> None:
     """Equal noise cannot be forced; a vocabulary of one, and infinite logits, can."""
     logits = torch.full((1, 9), -torch.inf)
@@ -181,6 +248,7 @@ def test_lowest_code_wins_a_tie() -> None:
     assert _sample(logits, index=torch.tensor([0])).item() == 3
 
 
+@pytest.mark.both_runs
 def test_wrong_arguments_are_named() -> None:
     logits, index = torch.zeros(2, 8), torch.arange(2)
     with pytest.raises(ValueError, match=r"expected fp32 logits \[rows, V >= 1\], found torch.bfloat16"):
