@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from retinar.kernels.dispatch import Op, refuse_gradients, same_device
+from retinar.kernels.launch import triton_backend
 from retinar.kernels.linear import reference
 
 LINEAR = Op(
@@ -12,6 +13,7 @@ LINEAR = Op(
     reference=reference.linear,
     fake=lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
 )
+LINEAR.register("triton", triton_backend("linear", "linear", products=True))
 
 
 def linear(x_XK: Tensor, weight_NK: Tensor, *, backend: str | None = None) -> Tensor:
@@ -20,7 +22,7 @@ def linear(x_XK: Tensor, weight_NK: Tensor, *, backend: str | None = None) -> Te
     Args:
         x_XK: [..., K], any strides, any floating dtype.
         weight_NK: [N, K] in x's dtype; copied first where it is not contiguous.
-        backend: "reference", or None to choose by device.
+        backend: "triton" (GPU; fp32, bf16, fp16; made for few rows), "reference", or None to choose by device.
 
     Returns:
         [..., N] in x's dtype, contiguous. Inference only.

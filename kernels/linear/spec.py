@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from retinar.kernels.launch import kernel_dtypes
 from retinar.kernels.linear import linear
 from retinar.kernels.opspec import FLOATS, Case, Inputs, OpSpec, normal
 
@@ -28,6 +29,7 @@ LINEAR = OpSpec(
     dtypes=FLOATS,
     inputs=_inputs,
     run=lambda i, backend: (linear(i["x"], i["weight"], backend=backend),),
+    narrow={"triton": kernel_dtypes(products=True)},
     plain=lambda i: (torch.nn.functional.linear(i["x"], i["weight"]),),
     bytes=lambda c, size: (c["rows"] * (c["inner"] + c["outer"]) + c["inner"] * c["outer"]) * size,
     flops=lambda c: 2 * c["rows"] * c["inner"] * c["outer"],

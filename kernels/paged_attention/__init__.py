@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from retinar.kernels.dispatch import Op, refuse_gradients, same_device
-from retinar.kernels.paged_attention import reference
+from retinar.kernels.dispatch import Implementation, Op, refuse_gradients, same_device
+from retinar.kernels.launch import triton_backend
+from retinar.kernels.paged_attention import libraries, reference
 from retinar.kernels.rope_attention.rope import check_rope
 
 PAGED = Op(
@@ -33,20 +36,23 @@ def paged_attention(
     """Rotates q and the new k, writes k and v into the cache (the one mutation), attends over positions 0 .. own.
 
     Position p of row b lives in slot ``p % S`` of page ``block_table[b, p // S]``. The cache holds rotated keys. The
-    bits of a row depend on that row alone: not on the batch, nor on page size or page numbers.
+    bits of a row depend on that row alone: not on the batch, nor on page size or page numbers ("reference", "triton").
 
     Args:
         q_BHD: [B, H, D], any strides, D even; k_BGD, v_BGD: [B, G, D] with G dividing H; one floating dtype.
         k_cache_PSGD, v_cache_PSGD: [P, S, G, D] of the same dtype, contiguous; written in place.
         block_table_BM: int32 [B, M], page numbers, M * S > any position. Entries past a row's position are not read
-            for it. Two rows must not write the same slot.
+            for it. Two rows must not write the same slot, nor one read a slot that another writes in this call.
         positions_B: int32 [B], position of the new token, 0 for the class token.
         rope_NC2: fp32 [N, D // 2, 2] from :func:`retinar.kernels.rope_attention.rope_table`.
         scale: factor of the scores, 1 / sqrt(D) by default.
-        backend: "reference", or None to choose by device.
+        backend: "triton" (GPU; head dims that are multiples of 4 up to 128), "reference", "sdpa" (a dense copy of the
+            rows' pages, then torch's scaled_dot_product_attention), "flash" (the package flash-attn; GPU, bf16 and
+            fp16, pages of a multiple of 256 slots), or None to choose by device.
 
     Returns:
-        [B, H, D] in q's dtype. Inference only.
+        [B, H, D] in q's dtype. Inference only. "triton" and "flash" do not wait for the GPU and may be captured in a
+        CUDA graph.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, inputs that ask for gradients, or a backend that cannot
@@ -66,6 +72,11 @@ def paged_attention(
             f"paged_attention: expected k and v of q's batch and head dim with a head count that divides q's, found "
             f"q {tuple(q_BHD.shape)}, k {tuple(k_BGD.shape)}"
         )
+    if not q_BHD.is_floating_point() or not q_BHD.dtype == k_BGD.dtype == v_BGD.dtype:
+        raise ValueError(
+            f"paged_attention: expected q, k and v of one floating dtype, found {q_BHD.dtype}, {k_BGD.dtype}, "
+            f"{v_BGD.dtype}; cast them first"
+        )
     check_cache("paged_attention", k_cache_PSGD, v_cache_PSGD, (groups, head_dim), q_BHD.dtype)
     check_table("paged_attention", block_table_BM, positions_B, batch)
     check_rope("paged_attention", rope_NC2, 1, head_dim)
@@ -77,6 +88,29 @@ def paged_attention(
     return PAGED(
         q_BHD, k_BGD, v_BGD, k_cache_PSGD, v_cache_PSGD, block_table_BM, positions_B, rope_NC2, scale, backend=backend
     )
+
+
+MOST_PROGRAMS = 65535  # along the second and third axis of a GPU's grid
+
+
+def _triton_unsupported(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> str | None:
+    batch, _heads, head_dim = q.shape
+    if head_dim % 4 or head_dim > 128:
+        return f"it takes head dims that are multiples of 4 up to 128, found {head_dim}"
+    if batch > MOST_PROGRAMS:
+        return f"it takes up to {MOST_PROGRAMS} rows, found {batch}"
+    if k_cache.data_ptr() % 16 or v_cache.data_ptr() % 16:
+        return "it takes caches that start at a multiple of 16 bytes"
+    return None
+
+
+PAGED.register(
+    "triton", triton_backend("paged_attention", "paged_attention", products=True, unsupported=_triton_unsupported)
+)
+PAGED.register("sdpa", Implementation(libraries.sdpa))
+PAGED.register(
+    "flash", Implementation(libraries.flash, ("cuda",), libraries.flash_missing, libraries.flash_unsupported)
+)
 
 
 def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, heads: tuple[int, int], dtype: torch.dtype) -> None:

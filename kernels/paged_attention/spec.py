@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retinar.kernels.launch import kernel_dtypes
 from retinar.kernels.opspec import FLOATS, Case, Inputs, OpSpec, normal
 from retinar.kernels.paged_attention import paged_attention
 from retinar.kernels.rope_attention import rope_table, rotate
@@ -14,6 +15,8 @@ CASES = (
     {"batch": 3, "heads": 3, "groups": 1, "dim": 20, "page": 5, "position": 12},
     {"batch": 5, "heads": 4, "groups": 2, "dim": 100, "page": 16, "position": 40},
     {"batch": 2, "heads": 2, "groups": 2, "dim": 64, "page": 64, "position": 63},
+    {"batch": 2, "heads": 2, "groups": 2, "dim": 128, "page": 32, "position": 140},
+    {"batch": 1, "heads": 4, "groups": 2, "dim": 32, "page": 16, "position": 270},
 )
 
 
@@ -91,6 +94,7 @@ PAGED_ATTENTION = OpSpec(
     inputs=_inputs,
     run=_run,
     plain=_plain,
+    narrow={"triton": kernel_dtypes(products=True), "flash": (torch.bfloat16, torch.float16)},
     bytes=_bytes,
     flops=lambda c: 4 * _past(c) * c["heads"] * c["dim"],
 )
