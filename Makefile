@@ -8,22 +8,25 @@ DEVICE ?= cuda
 DATA ?=
 OUT ?= runs/model
 
-.PHONY: setup demo test slow lint format typecheck bench gpu model clean
+.PHONY: setup demo test slow lint format typecheck docs bench gpu model clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "retinar needs Python 3.11 or newer, found %d.%d: run make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
 	$(BIN)/python -m pip install --quiet --editable ".[metrics,dev]"
 	@touch $@
 
 demo: setup
 	$(BIN)/retinar demo
 
+# Twice: Triton's compiler and its interpreter cannot share a process. tests/conftest.py says what runs in which.
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow" --require-native --benchmark-disable
+	@case "$$(uname -sm)" in \
+	"Linux x86_64" | "Linux aarch64") set -x; TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" --benchmark-disable;; \
+	*) echo "GPU kernels were neither compiled nor run: there is no Triton for this system";; esac
 
 slow: setup
 	$(BIN)/python -m pytest -m slow --require-native
@@ -42,12 +45,17 @@ typecheck: setup
 	@ln -s $(CURDIR)/retinar/* $(CURDIR)/kernels $(CURDIR)/engine $(CURDIR)/train $(CURDIR)/bench build/typing/retinar/
 	cd build/typing && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p retinar
 
+# Generated pages: docs/kernels.md, from the kernels' machine code and the ops' specs. Needs no GPU.
+docs: setup
+	$(BIN)/python -m retinar.bench.kernel_table
+
 bench: setup
 	$(BIN)/retinar bench
 
-# Correctness in bf16, then benchmarks, one JSON. From a bare checkout: torch, triton, numpy and pytest alone.
+# Correctness, then benchmarks, then a training step's profile: one JSON, within 8.5 minutes. From a bare checkout with
+# torch, triton and numpy alone. DEVICE=cpu exercises all of it at tiny sizes, in Triton's interpreter.
 gpu:
-	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m retinar.bench.gpu --device $(DEVICE)
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m retinar.bench.gpu --device $(DEVICE) $(GPU_FLAGS)
 
 # The small released model, in stages that each resume. From a bare checkout: torch, numpy, pillow, safetensors, lpips.
 model:

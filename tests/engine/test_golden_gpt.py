@@ -1,7 +1,8 @@
-"""The transformer against numbers that LlamaGen's own code produced from the same weights."""
+"""The transformer against numbers that LlamaGen's own code produced from the same weights, on every backend."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from torch import Tensor
 from retinar.engine.checkpoint import load_gpt
 from retinar.engine.model import GPT, to_upstream_state_dict
 from retinar.kernels import ops
+from tests.conftest import Ran, every_backend
 
 FILES = ("gpt_ddp.pt", "gpt_consolidated.pth")
 LOGITS = 1e-4  # absolute, on logits of standard deviation 2: the vectors' own tolerance
+
+BACKENDS = every_backend("reference", "native", "sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +31,52 @@ def load(golden: Path, file: str = FILES[0]) -> GPT:
     return load_gpt(golden / file, golden / "gpt_config.json")
 
 
+@BACKENDS
+def test_logits(golden: Path, expected: Mapping[str, Tensor], ran: Ran) -> None:
+    logits_BNV = load(golden)(expected["tokens"], expected["labels"], attention_backend=ran.attention)
+    assert logits_BNV.dtype == torch.float32
+    torch.testing.assert_close(logits_BNV, expected["train_logits"], rtol=0, atol=LOGITS)
+
+
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("backend", [None, "reference", "sdpa"])
-def test_logits(golden: Path, expected: Mapping[str, Tensor], file: str, backend: str | None) -> None:
-    for model in (load(golden, file).train(), load(golden, file)):  # no dropout: both modes agree
-        logits_BNV = model(expected["tokens"], expected["labels"], attention_backend=backend)
-        assert logits_BNV.dtype == torch.float32
+def test_logits_of_every_file_and_mode(golden: Path, expected: Mapping[str, Tensor], file: str) -> None:
+    """The files hold one model, and without dropout the modes agree."""
+    for model in (load(golden, file).train(), load(golden, file)):
+        logits_BNV = model(expected["tokens"], expected["labels"])
         torch.testing.assert_close(logits_BNV, expected["train_logits"], rtol=0, atol=LOGITS)
 
 
-def test_prefixes_give_the_same_logits(golden: Path, expected: Mapping[str, Tensor]) -> None:
+@BACKENDS
+def test_prefixes_give_the_same_logits(golden: Path, expected: Mapping[str, Tensor], ran: Ran) -> None:
     """Position j sees nothing after code j - 1."""
     model = load(golden)
     for count in (1, 2, 17):
-        logits_BNV = model(expected["tokens"][:, :count], expected["labels"])
+        logits_BNV = model(expected["tokens"][:, :count], expected["labels"], attention_backend=ran.attention)
         torch.testing.assert_close(logits_BNV, expected["train_logits"][:, :count], rtol=0, atol=LOGITS)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_every_gradient(golden: Path, expected: Mapping[str, Tensor], checkpointing: bool) -> None:
-    model = load(golden).train()
-    model.activation_checkpointing = checkpointing
-    loss = model.loss(expected["tokens"], expected["labels"])
+@BACKENDS
+def test_greedy_codes_have_the_largest_logits(golden: Path, expected: Mapping[str, Tensor], ran: Ran) -> None:
+    """Upstream's greedy codes, fed back whole: at every position the next one is the guided argmax."""
+    model = load(golden)
+    settings = list(itertools.product((1.0, 1.5, 4.0), (-1, 5)))
+    if ran.backend == "triton":  # interpreted slowly, and the settings only mix what the model gives
+        settings = [(1.5, 5)]
+    for scale, interval in settings:
+        name = f"greedy.cfg{scale}.interval{interval}"
+        codes_BN, labels_B = expected[name], expected["labels"]
+        nobody_B = torch.full_like(labels_B, model.config.num_classes)
+        with torch.no_grad():
+            logits_RNV = model(codes_BN.repeat(2, 1), torch.cat([labels_B, nobody_B]), attention_backend=ran.attention)
+        given_BNV, null_BNV = logits_RNV.chunk(2)
+        # as in retinar.engine.request: with an interval, the first code and that many decode steps more are guided
+        guided_N = torch.arange(codes_BN.shape[1]) < interval + 2 if interval >= 0 else torch.tensor(True)
+        mixed_BNV = torch.where(guided_N[..., None], null_BNV + scale * (given_BNV - null_BNV), given_BNV)
+        assert torch.equal(mixed_BNV.argmax(-1), codes_BN), name
+
+
+def check_loss_and_gradients(model: GPT, expected: Mapping[str, Tensor], attention: str | None = None) -> None:
+    loss = model.loss(expected["tokens"], expected["labels"], attention_backend=attention)
     torch.testing.assert_close(loss, expected["train_loss"][0], rtol=1e-6, atol=0)
     loss.backward()
     gradients = to_upstream_state_dict({key: parameter.grad for key, parameter in model.named_parameters()})
@@ -59,7 +87,19 @@ def test_loss_and_every_gradient(golden: Path, expected: Mapping[str, Tensor], c
         assert error < 1e-5, f"{key}: relative to its largest entry {error:.1e}"
 
 
-def test_five_adamw_steps(golden: Path, expected: Mapping[str, Tensor]) -> None:
+@BACKENDS
+def test_loss_and_every_gradient(golden: Path, expected: Mapping[str, Tensor], ran: Ran) -> None:
+    check_loss_and_gradients(load(golden).train(), expected, ran.attention)
+
+
+def test_activation_checkpointing_changes_no_gradient(golden: Path, expected: Mapping[str, Tensor]) -> None:
+    model = load(golden).train()
+    model.activation_checkpointing = True
+    check_loss_and_gradients(model, expected)
+
+
+@BACKENDS
+def test_five_adamw_steps(golden: Path, expected: Mapping[str, Tensor], ran: Ran) -> None:
     """Losses, gradient norms and final weights of upstream's optimizer settings, in the packed layout."""
     training = load_file(golden / "gpt_training.safetensors")
     model = load(golden).train()
@@ -69,7 +109,7 @@ def test_five_adamw_steps(golden: Path, expected: Mapping[str, Tensor]) -> None:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     losses, norms = [], []
     for _ in range(5):
-        loss = model.loss(expected["tokens"], expected["labels"])
+        loss = model.loss(expected["tokens"], expected["labels"], attention_backend=ran.attention)
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))

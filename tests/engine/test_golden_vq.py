@@ -1,4 +1,4 @@
-"""The tokenizer against numbers that LlamaGen's own code produced from the same weights."""
+"""The tokenizer against numbers that LlamaGen's own code produced from the same weights, on every backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from retinar.engine.checkpoint import load_tokenizer
 from retinar.engine.tokenizer import VQTokenizer
+from tests.conftest import Ran, every_backend
 
+BACKENDS = every_backend("reference")
 PIXELS = 5e-5  # absolute, in [-1, 1]: a hundredth of a grey level
 
 
@@ -27,7 +29,8 @@ def tokenizer(golden: Path, request: pytest.FixtureRequest) -> VQTokenizer:
     return model.to(memory_format=torch.channels_last) if request.param == "channels_last" else model
 
 
-def test_indices_and_quantised(tokenizer: VQTokenizer, expected: Mapping[str, Tensor]) -> None:
+@BACKENDS
+def test_indices_and_quantised(tokenizer: VQTokenizer, expected: Mapping[str, Tensor], ran: Ran) -> None:
     codes_Bhw = tokenizer.encode(expected["images"])
     assert codes_Bhw.dtype == torch.int64
     assert torch.equal(codes_Bhw.flatten(), expected["indices"])
@@ -45,7 +48,8 @@ def test_decoded(tokenizer: VQTokenizer, expected: Mapping[str, Tensor]) -> None
     torch.testing.assert_close(tokenizer.decode_latents(expected["quant"]), expected["decoded"], rtol=0, atol=PIXELS)
 
 
-def test_training_losses_and_gradients(tokenizer: VQTokenizer, expected: Mapping[str, Tensor]) -> None:
+@BACKENDS
+def test_training_losses_and_gradients(tokenizer: VQTokenizer, expected: Mapping[str, Tensor], ran: Ran) -> None:
     """Upstream's training objective without its perceptual part: mean square error plus both codebook losses."""
     tokenizer.train()
     output = tokenizer(expected["images"])
