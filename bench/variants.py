@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from retinar.kernels import ops
-from retinar.kernels.spec import ALL_SPECS, Inputs, OpSpec
+from retinar.kernels.spec import ALL_SPECS, OpSpec
 
 SUFFIX = "_dropout"
 
@@ -17,25 +16,6 @@ SUFFIX = "_dropout"
 def op_of(spec: OpSpec) -> str:
     """The op behind a spec, as ``ops.backends`` knows it."""
     return spec.name.removesuffix(SUFFIX)
-
-
-def split(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, heads, N, D] of attention's arguments, which may be one packed projection [B, N, H + 2 G, D]."""
-    if "qkv" not in i:
-        return i["q"], i["k"], i["v"]
-    groups = (i["qkv"].shape[2] - i["heads"]) // 2
-    q, k, v = i["qkv"].transpose(1, 2).split([i["heads"], groups, groups], 1)
-    return q, k, v
-
-
-def attention(i: Inputs, drop: Callable[[Tensor], Tensor]) -> tuple[Tensor]:
-    """Rotated causal attention in plain torch, in the inputs' dtype; ``drop`` takes the probabilities."""
-    q, k, v = split(i)
-    heads, positions, dim = q.shape[1:]
-    k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (ops.apply_rope(k, i["rope"]), v))
-    future = torch.ones(positions, positions, dtype=torch.bool, device=k.device).triu(1)
-    scores = (ops.apply_rope(q, i["rope"]) @ k.mT * dim**-0.5).masked_fill(future, float("-inf"))
-    return (drop(scores.softmax(-1)) @ v,)
 
 
 def dropout_mask(batch: int, heads: int, positions: int, dropout_p: float, seed: Tensor) -> Tensor:

@@ -147,3 +147,8 @@ def triton_backend(
 def triton_missing() -> Reason:
     """None where Triton is installed."""
     return None if importlib.util.find_spec("triton") is not None else "triton is not installed (retinar[triton])"
+
+
+def flash_missing() -> Reason:
+    """None where the package flash-attn is installed: the backend "flash" of the attention ops."""
+    return None if importlib.util.find_spec("flash_attn") is not None else "the package flash-attn is not installed"

@@ -9,11 +9,16 @@ from retinar.kernels.linear_cross_entropy.spec import LINEAR_CROSS_ENTROPY
 from retinar.kernels.opspec import Case, ErrorBudget, Inputs, OpSpec
 from retinar.kernels.paged_attention.spec import PAGED_ATTENTION
 from retinar.kernels.rms_norm.spec import ADD_RMS_NORM, RMS_NORM
-from retinar.kernels.rope_attention.spec import ROPE_ATTENTION, ROPE_ATTENTION_PACKED
+from retinar.kernels.rope_attention.spec import (
+    ROPE_ATTENTION,
+    ROPE_ATTENTION_PACKED,
+    attention_parts,
+    plain_attention,
+)
 from retinar.kernels.swiglu.spec import SWIGLU, SWIGLU_PACKED
 from retinar.kernels.vq_lookup.spec import VQ_LOOKUP
 
-__all__ = ["ALL_SPECS", "Case", "ErrorBudget", "Inputs", "OpSpec"]
+__all__ = ["ALL_SPECS", "Case", "ErrorBudget", "Inputs", "OpSpec", "attention_parts", "plain_attention"]
 
 ALL_SPECS: tuple[OpSpec, ...] = (
     RMS_NORM,

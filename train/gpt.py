@@ -177,18 +177,7 @@ def train_gpt(
             start_from(model, load_gpt(init))
         steps = config.total_steps(len(codes))
         task = GPTTask(model, config, codes, steps=steps, valid=valid_codes, tokenizer=decoder)
-        return loop.run(
-            task,
-            folder,
-            steps=steps,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            keep_last=config.keep_last,
-            max_minutes=max_minutes,
-            tensorboard=config.tensorboard,
-            progress=progress,
-        )
+        return loop.run_as(config, task, folder, steps=steps, max_minutes=max_minutes, progress=progress)
 
 
 def codes_fields(codes: CodeSet) -> dict[str, int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retinar.engine.errors import InputError
 from retinar.engine.progress import Progress, plain
+from retinar.train.config import TrainConfig
 from retinar.train.metrics_log import MetricsLog, truncate_metrics
 from retinar.train.rng import preserved_rng
 from retinar.train.state import RunFolder
@@ -131,6 +132,24 @@ def run(
         why = "stopped" if reason == "interrupted" else f"stopped after {max_minutes:g} minutes"
         say(f"{why}: saved at step {step} of {steps} in {folder.path}; the same command with --resume goes on.")
     return RunResult(step, steps, reason, last, None if reason == "interrupted" else folder.model)
+
+
+def run_as(
+    config: TrainConfig, task: Task, folder: RunFolder, *, steps: int, max_minutes: float | None, progress: Progress
+) -> RunResult:
+    """:func:`run` with the intervals that a config names."""
+    return run(
+        task,
+        folder,
+        steps=steps,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        keep_last=config.keep_last,
+        max_minutes=max_minutes,
+        tensorboard=config.tensorboard,
+        progress=progress,
+    )
 
 
 def _resume(task: Task, folder: RunFolder) -> tuple[int, Window]:

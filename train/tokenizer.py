@@ -290,15 +290,4 @@ def train_tokenizer(
         steps = config.total_steps(len(images))
         sheets = folder.path / "reconstructions"
         task = TokenizerTask(model, config, images, steps=steps, valid=valid, perceptual=perceptual, sheets=sheets)
-        return loop.run(
-            task,
-            folder,
-            steps=steps,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            keep_last=config.keep_last,
-            max_minutes=max_minutes,
-            tensorboard=config.tensorboard,
-            progress=progress,
-        )
+        return loop.run_as(config, task, folder, steps=steps, max_minutes=max_minutes, progress=progress)

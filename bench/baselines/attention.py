@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retinar.bench.baselines.plain import compiled
+from retinar.bench.baselines.plain import compile_absent, compiled
 from retinar.bench.baselines.table import Baseline, Run
-from retinar.bench.variants import split
 from retinar.kernels import ops
-from retinar.kernels.spec import Inputs, OpSpec
+from retinar.kernels.spec import Inputs, OpSpec, attention_parts
 
 NAMES = ("rope_attention", "rope_attention_packed", "rope_attention_dropout")
 ROTATED = "compiled rotation + SDPA flash"
@@ -20,7 +19,7 @@ ROTATED = "compiled rotation + SDPA flash"
 
 def _sdpa(i: Inputs) -> tuple[torch.Tensor]:
     """Without the rotation. RuntimeError where torch has no FlashAttention for the call."""
-    q, k, v = split(i)
+    q, k, v = attention_parts(i)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return (
             F.scaled_dot_product_attention(
@@ -37,7 +36,7 @@ def _rotated_sdpa(spec: OpSpec, device: str, size: str) -> Run:
     rotate = compiled(_rotation, size)
 
     def run(i: Inputs) -> tuple[torch.Tensor]:
-        q, k, v = split(i)
+        q, k, v = attention_parts(i)
         q, k = rotate({"q": q, "k": k, "rope": i["rope"]})
         return _sdpa({"q": q, "k": k, "v": v, "dropout_p": i["dropout_p"]})
 
@@ -48,14 +47,10 @@ def _flash_attention(spec: OpSpec, device: str, size: str) -> Run:
     from flash_attn import flash_attn_func  # type: ignore[import-not-found,unused-ignore]
 
     def run(i: Inputs) -> tuple[torch.Tensor]:
-        q, k, v = (each.transpose(1, 2) for each in split(i))
+        q, k, v = (each.transpose(1, 2) for each in attention_parts(i))
         return (flash_attn_func(q, k, v, dropout_p=i["dropout_p"], causal=True).transpose(1, 2),)
 
     return run
-
-
-def _compiled_absent(device: str, size: str) -> str | None:
-    return "compiling takes minutes on a CPU; it is measured on a GPU" if size == "cpu" else None
 
 
 def _flash_absent(device: str, size: str) -> str | None:
@@ -65,7 +60,7 @@ def _flash_absent(device: str, size: str) -> str | None:
 
 
 BASELINES = (
-    Baseline(ROTATED, NAMES, _compiled_absent, _rotated_sdpa),
+    Baseline(ROTATED, NAMES, compile_absent, _rotated_sdpa),
     Baseline("SDPA flash alone", NAMES, lambda device, size: None, lambda spec, device, size: _sdpa, same=False),
     Baseline("FlashAttention alone", NAMES, _flash_absent, _flash_attention, same=False),
 )

@@ -9,8 +9,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 
 from retinar.bench.baselines.table import Baseline, Run
-from retinar.bench.variants import attention
-from retinar.kernels.spec import Inputs, OpSpec
+from retinar.kernels.spec import Inputs, OpSpec, plain_attention
 
 # A training step's ops, and the tokenizer's. The others' plain versions are loops in Python over rows.
 COMPILED = (
@@ -55,10 +54,11 @@ def compiled(function: Run, size: str) -> Run:
 
 
 def _attention(i: Inputs) -> tuple[torch.Tensor]:
-    return attention(i, partial(F.dropout, p=i["dropout_p"]))
+    return plain_attention(i, partial(F.dropout, p=i["dropout_p"]))
 
 
-def _compile_absent(device: str, size: str) -> str | None:
+def compile_absent(device: str, size: str) -> str | None:
+    """Why nothing is compiled at this size, or None."""
     if size == "cpu":
         return "compiling takes minutes on a CPU; it is measured on a GPU"
     return None
@@ -69,7 +69,7 @@ BASELINES = (
     Baseline(
         "torch.compile",
         COMPILED,
-        _compile_absent,
+        compile_absent,
         lambda spec, device, size: compiled(plain_of(spec), size),
     ),
 )

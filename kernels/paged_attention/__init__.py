@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retinar.kernels.dispatch import Implementation, Op, refuse_gradients, same_device
-from retinar.kernels.launch import triton_backend
+from retinar.kernels.launch import flash_missing, triton_backend
 from retinar.kernels.paged_attention import libraries, reference
 from retinar.kernels.rope_attention.rope import check_rope
 
@@ -108,9 +108,7 @@ PAGED.register(
     "triton", triton_backend("paged_attention", "paged_attention", products=True, unsupported=_triton_unsupported)
 )
 PAGED.register("sdpa", Implementation(libraries.sdpa))
-PAGED.register(
-    "flash", Implementation(libraries.flash, ("cuda",), libraries.flash_missing, libraries.flash_unsupported)
-)
+PAGED.register("flash", Implementation(libraries.flash, ("cuda",), flash_missing, libraries.flash_unsupported))
 
 
 def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, heads: tuple[int, int], dtype: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -77,10 +76,6 @@ def flash(
         causal=True,
     )
     return o_B1HD[:, 0].contiguous()
-
-
-def flash_missing() -> str | None:
-    return None if importlib.util.find_spec("flash_attn") is not None else "the package flash-attn is not installed"
 
 
 def flash_unsupported(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, *_: Any) -> str | None:

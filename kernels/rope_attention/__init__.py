@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retinar.kernels.dispatch import Implementation, Op, same_device
-from retinar.kernels.launch import triton_backend
+from retinar.kernels.launch import flash_missing, triton_backend
 from retinar.kernels.numerics import wide
 from retinar.kernels.philox import seed_tensor
 from retinar.kernels.rope_attention import reference
@@ -144,10 +143,6 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, dropout_p: float, seed
     return o_BNHD.transpose(1, 2)
 
 
-def _flash_missing() -> str | None:
-    return None if importlib.util.find_spec("flash_attn") is not None else "the package flash-attn is not installed"
-
-
 def _sdpa_unsupported(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, dropout_p: float, *_: Any) -> str | None:
     return _DROPS_OTHERWISE if dropout_p > 0 else None
 
@@ -227,6 +222,6 @@ for op, function in (
 ):
     op.register("triton", triton_backend("rope_attention", function, unsupported=_triton_unsupported, products=True))
 ATTENTION.register("sdpa", Implementation(_sdpa, unsupported=_sdpa_unsupported))
-ATTENTION.register("flash", Implementation(_flash, ("cuda",), _flash_missing, _flash_unsupported))
+ATTENTION.register("flash", Implementation(_flash, ("cuda",), flash_missing, _flash_unsupported))
 ATTENTION.differentiate(_backward, _save)
 PACKED.differentiate(_packed_backward, _save_packed)

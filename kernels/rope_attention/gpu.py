@@ -106,8 +106,12 @@ def turn_first(positions: int, dtype: torch.dtype, shape: Shape) -> bool:
 
 
 def constants(shape: Shape, dropout: bool, turned: bool, tile: Tile) -> dict[str, int | bool]:
-    constants: dict[str, int | bool] = {"VEC": shape.vector, "HALF": shape.half, "EXACT": shape.exact}
-    return constants | {"DROPOUT": dropout, "ROWS": tile.rows, "COLUMNS": tile.columns, "TURNED": turned}
+    """Constants of the three kernels with scores, in the order of their arguments."""
+    return _of_shape(shape) | {"DROPOUT": dropout, "ROWS": tile.rows, "COLUMNS": tile.columns, "TURNED": turned}
+
+
+def _of_shape(shape: Shape) -> dict[str, int | bool]:
+    return {"VEC": shape.vector, "HALF": shape.half, "EXACT": shape.exact}
 
 
 def _types(pointers: str, dtype: torch.dtype) -> tuple[str, ...]:
@@ -130,7 +134,7 @@ def _table(choose: Choose, pointers: str) -> Callable[[int], Iterator[Variant]]:
 
 
 def _pass_constants(shape: Shape) -> dict[str, int | bool]:
-    return {"VEC": shape.vector, "HALF": shape.half, "EXACT": shape.exact, "ROWS": PASS_ROWS}
+    return _of_shape(shape) | {"ROWS": PASS_ROWS}
 
 
 def _pass_table(pointers: str) -> Callable[[int], Iterator[Variant]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,18 +36,31 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Input
     }
 
 
+def attention_parts(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, heads, N, D] of a case's arguments, which may be one packed projection."""
+    return split_packed(i["qkv"], i["heads"]) if "qkv" in i else (i["q"], i["k"], i["v"])
+
+
+def plain_attention(i: Inputs, drop: Callable[[Tensor], Tensor]) -> tuple[Tensor]:
+    """Rotated causal attention in plain torch, in the inputs' dtype; ``drop`` takes the probabilities [B, H, N, N]."""
+    q, k, v = attention_parts(i)
+    heads, positions, dim = q.shape[1:]
+    k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (apply_rope(k, i["rope"]), v))
+    future = torch.ones(positions, positions, dtype=torch.bool, device=q.device).triu(1)
+    scores = (apply_rope(q, i["rope"]) @ k.mT * dim**-0.5).masked_fill(future, float("-inf"))
+    return (drop(scores.softmax(-1)) @ v,)
+
+
 def _plain(i: Inputs) -> tuple[Tensor]:
-    batch, heads, positions, dim = i["q"].shape
-    repeats = heads // i["k"].shape[1]
-    k, v = (t.repeat_interleave(repeats, 1) for t in (apply_rope(i["k"], i["rope"]), i["v"]))
-    future = torch.ones(positions, positions, dtype=torch.bool).triu(1)
-    scores = (apply_rope(i["q"], i["rope"]) @ k.mT * dim**-0.5).masked_fill(future, float("-inf"))
-    probabilities = scores.softmax(-1)
-    if i["dropout_p"] > 0:
-        seed = torch.tensor(SEED, device=i["q"].device)
+    def documented(probabilities: Tensor) -> Tensor:
+        if i["dropout_p"] == 0:
+            return probabilities
+        batch, heads, positions, _ = probabilities.shape
+        seed = torch.tensor(SEED, device=probabilities.device)
         masks = [dropout_mask(seed, b, heads, positions, i["dropout_p"]) for b in range(batch)]
-        probabilities = probabilities * torch.stack(masks).to(probabilities.dtype)
-    return (probabilities @ v,)
+        return probabilities * torch.stack(masks).to(probabilities.dtype)
+
+    return plain_attention(i, documented)
 
 
 def _run(i: Inputs, backend: str | None) -> tuple[Tensor]:
@@ -93,11 +107,6 @@ def _packed_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -
     return {"qkv": qkv, **parts, "heads": case["heads"]}
 
 
-def _unpacked(i: Inputs) -> Inputs:
-    q, k, v = split_packed(i["qkv"], i["heads"])
-    return {**i, "q": q, "k": k, "v": v}
-
-
 def _packed_run(i: Inputs, backend: str | None) -> tuple[Tensor]:
     settings = {"heads": i["heads"], "dropout_p": i["dropout_p"], "seed": SEED, "backend": backend}
     return (rope_attention(i["qkv"], None, None, i["rope"], **settings),)
@@ -109,6 +118,5 @@ ROPE_ATTENTION_PACKED = dataclasses.replace(
     cases=CASES[:5],
     inputs=_packed_inputs,
     run=_packed_run,
-    plain=lambda i: _plain(_unpacked(i)),
     gradients=("qkv",),
 )
