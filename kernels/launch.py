@@ -32,6 +32,7 @@ TYPES: Mapping[torch.dtype, str] = {
     torch.int64: "i64",
     torch.int32: "i32",
 }
+TOO_OLD = "it needs a GPU of compute capability 8.0 or newer"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -138,15 +139,19 @@ def triton_backend(
             names = ", ".join(str(each).removeprefix("torch.") for each in takes)
             return f"it takes {names}{' under the interpreter' if interpreting() else ''}, found {first.dtype}"
         if architecture(first.device) is None:
-            return "it needs a GPU of compute capability 8.0 or newer"
+            return TOO_OLD
         return unsupported(*args)
 
     return Implementation(run, ("cuda", "cpu") if interpreting() else ("cuda",), triton_missing, refused)
 
 
 def triton_missing() -> Reason:
-    """None where Triton is installed."""
-    return None if importlib.util.find_spec("triton") is not None else "triton is not installed (retinar[triton])"
+    """None where Triton is installed, and the GPU, where there is one, is of a kind that it can serve."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (retinar[triton])"
+    if torch.cuda.is_available() and architecture(torch.device("cuda", torch.cuda.current_device())) is None:
+        return TOO_OLD
+    return None
 
 
 def flash_missing() -> Reason:

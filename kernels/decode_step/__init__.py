@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from retinar.kernels.decode_step import reference
-from retinar.kernels.decode_step.types import DecodeWeights, StepInputs
-from retinar.kernels.dispatch import Op, refuse_gradients, same_device
-from retinar.kernels.paged_attention import check_cache, check_table
-from retinar.kernels.rope_attention.rope import check_rope
+from retinar.kernels.decode_step.checks import check
+from retinar.kernels.decode_step.types import DecodeWeights, StepInputs, flatten, unflatten
+from retinar.kernels.dispatch import Op
+from retinar.kernels.launch import triton_backend
+from retinar.kernels.numerics import wide
+from retinar.kernels.paged_attention import triton_refusal
 
 __all__ = ["DecodeWeights", "StepInputs", "decode_step"]
 
@@ -24,19 +26,21 @@ _INPUTS = ", ".join(f"Tensor {name}" for name in StepInputs._fields)
 
 
 def _reference(*args: Any) -> tuple[Tensor, Tensor]:
-    weights, (k_cache, v_cache), inputs = _unflatten(args)
+    weights, (k_cache, v_cache), inputs = unflatten(args)
     return reference.decode_step(weights, k_cache, v_cache, inputs)
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    weights, (k_cache, _), inputs = _unflatten(args)
+    weights, (k_cache, _), inputs = unflatten(args)
     codes_I = k_cache.new_empty(inputs.cond_row_I.shape, dtype=torch.int64)
-    return codes_I, k_cache.new_empty(inputs.tokens_B.shape[0], weights.output_VD.shape[0], dtype=torch.float32)
+    shape = inputs.tokens_B.shape[0], weights.output_VD.shape[0]
+    return codes_I, k_cache.new_empty(shape, dtype=wide(k_cache.dtype))
 
 
-def _unflatten(args: tuple[Any, ...]) -> tuple[DecodeWeights, tuple[Tensor, Tensor], StepInputs]:
-    count = len(DecodeWeights._fields)
-    return DecodeWeights(*args[:count]), (args[count], args[count + 1]), StepInputs(*args[count + 2 :])
+def _triton_unsupported(*args: Any) -> str | None:
+    _, caches, inputs = unflatten(args)
+    layers = (cache[layer] for cache in caches for layer in range(min(2, len(cache))))
+    return triton_refusal(inputs.tokens_B.shape[0], caches[0].shape[-1], *layers)
 
 
 STEP = Op(
@@ -44,6 +48,8 @@ STEP = Op(
     reference=_reference,
     fake=_fake,
 )
+STEP.register("triton", triton_backend("decode_step", "decode_step", products=True, unsupported=_triton_unsupported))
+STEP.register("blas", triton_backend("decode_step", "decode_step_blas", products=True, unsupported=_triton_unsupported))
 
 
 def decode_step(
@@ -61,31 +67,17 @@ def decode_step(
         k_cache_LPSGD, v_cache_LPSGD: [layers, P, S, G, D] in the weights' dtype, contiguous; the rows' new keys and
             values are written into their pages (the one mutation).
         inputs: see :class:`StepInputs`; B >= 1 rows, I >= 0 images.
-        backend: "reference", or None to choose by device.
+        backend: "triton" (GPU; fp32, bf16, fp16; head dims that are multiples of 4 up to 128), "blas" (the same with
+            torch's matrix products, for many rows), "reference", or None to choose by device.
 
     Returns:
-        (codes int64 [I], logits fp32 [B, V]). Both depend, bit by bit, on a row's (an image's) own data alone.
+        (codes int64 [I], logits fp32 [B, V]). Both depend, bit by bit, on a row's (an image's) own data alone; with
+        "blas" on how many rows there are too, since a library picks its product by that. "triton" and "blas" do not
+        wait for the GPU and may be captured in a CUDA graph.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run. Tokens, positions, rows and
-            page numbers are trusted.
+        ValueError: shapes, dtypes or devices that do not fit, weights that ask for gradients, or a backend that cannot
+            run. Tokens, positions, rows and page numbers are trusted.
     """
-    layers, dtype = len(weights.wqkv), weights.output_VD.dtype
-    head_dim = k_cache_LPSGD.shape[-1] if k_cache_LPSGD.dim() == 5 else -1
-    if head_dim < 0 or k_cache_LPSGD.shape[0] != layers:
-        raise ValueError(
-            f"decode_step: expected caches [{layers}, pages, slots, kv heads, head dim], found "
-            f"{tuple(k_cache_LPSGD.shape)}"
-        )
-    width, rows = weights.tok_embedding_VD.shape[1], (weights.n_head + 2 * weights.n_kv_head) * head_dim
-    if any(tuple(w.shape) != (rows, width) for w in weights.wqkv) or weights.n_head % weights.n_kv_head:
-        raise ValueError(
-            f"decode_step: expected every wqkv as [{rows}, {width}] for {weights.n_head} heads and "
-            f"{weights.n_kv_head} kv heads of {head_dim}, found {[tuple(w.shape) for w in weights.wqkv]}"
-        )
-    check_cache("decode_step", k_cache_LPSGD, v_cache_LPSGD, (weights.n_kv_head, head_dim), dtype)
-    check_table("decode_step", inputs.block_table_BM, inputs.positions_B, inputs.tokens_B.shape[0])
-    check_rope("decode_step", weights.rope_NC2, 1, head_dim)
-    same_device("decode_step", weights.output_VD, k_cache_LPSGD, v_cache_LPSGD, *inputs)
-    refuse_gradients("decode_step", weights.output_VD, weights.tok_embedding_VD, *weights.wqkv)
-    return STEP(*weights, k_cache_LPSGD, v_cache_LPSGD, *inputs, backend=backend)
+    check(weights, k_cache_LPSGD, v_cache_LPSGD, inputs)
+    return STEP(*flatten(weights, (k_cache_LPSGD, v_cache_LPSGD), inputs), backend=backend)

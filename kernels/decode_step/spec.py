@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retinar.kernels.decode_step import DecodeWeights, StepInputs, decode_step
+from retinar.kernels.launch import kernel_dtypes
 from retinar.kernels.opspec import FLOATS, Case, Inputs, OpSpec, normal
 from retinar.kernels.paged_attention.spec import PAGED_ATTENTION
 from retinar.kernels.rope_attention import rope_table
@@ -130,6 +131,7 @@ DECODE_STEP = OpSpec(
     dtypes=FLOATS,
     inputs=_inputs,
     run=_run,
+    narrow=dict.fromkeys(("triton", "blas"), kernel_dtypes(products=True)),
     plain=_plain,
     bytes=lambda c, size: (_weights(c) + 2 * _past(c) * c["groups"] * c["dim"]) * size,
     flops=lambda c: 4 * c["images"] * _weights(c) + 4 * _past(c) * c["heads"] * c["dim"],

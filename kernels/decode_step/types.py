@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,6 +34,9 @@ class StepInputs(NamedTuple):
 
     An image's rows are ``cond_row`` and ``null_row`` (-1: unguided). The step that reads the token at position p draws
     code p: the class token, at position 0, draws code 0.
+
+    Rows that nobody draws from may fill up a batch: token 0 at position 0, all of them with one page that is no live
+    row's. They write equal numbers into its first slot, and no row's bits change.
     """
 
     tokens_B: Tensor  # int64: the class label where positions_B is 0, else the previous code
@@ -47,3 +50,14 @@ class StepInputs(NamedTuple):
     top_p_I: Tensor  # fp32, 1 = off
     seed_I: Tensor  # int64
     index_I: Tensor  # int64
+
+
+def flatten(weights: DecodeWeights, caches_LPSGD: tuple[Tensor, Tensor], inputs: StepInputs) -> tuple[Any, ...]:
+    """The arguments of the op, in the order of its schema."""
+    return *weights, *caches_LPSGD, *inputs
+
+
+def unflatten(args: tuple[Any, ...]) -> tuple[DecodeWeights, tuple[Tensor, Tensor], StepInputs]:
+    """Weights, key and value caches, inputs, out of the arguments of the op."""
+    count = len(DecodeWeights._fields)
+    return DecodeWeights(*args[:count]), (args[count], args[count + 1]), StepInputs(*args[count + 2 :])

@@ -10,10 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retinar.kernels.numerics import widen
+from retinar.kernels.rms_norm.reference import rms_norm
+from retinar.kernels.swiglu.reference import swiglu
+
 BLOCK_ROWS = 32
 
 
-def linear(x_XK: Tensor, weight_NK: Tensor) -> Tensor:
+def linear(
+    x_XK: Tensor,
+    weight_NK: Tensor,
+    norm_K: Tensor | None,
+    residual_XN: Tensor | None,
+    eps: float,
+    gate: bool,
+    wide: bool,
+) -> Tensor:
+    """The norm in front, the product, and what follows it, each rounded to x's dtype."""
+    out_XN = product(x_XK if norm_K is None else rms_norm(x_XK, norm_K, eps), weight_NK)
+    if gate:
+        return swiglu(*out_XN.chunk(2, -1))
+    if residual_XN is not None:
+        return residual_XN + out_XN
+    return widen(out_XN) if wide else out_XN
+
+
+def product(x_XK: Tensor, weight_NK: Tensor) -> Tensor:
     weight_KN = weight_NK.contiguous().t()
     rows_RK = x_XK.reshape(-1, x_XK.shape[-1])
     count, width = rows_RK.shape

@@ -42,7 +42,9 @@ def paged_attention(
         q_BHD: [B, H, D], any strides, D even; k_BGD, v_BGD: [B, G, D] with G dividing H; one floating dtype.
         k_cache_PSGD, v_cache_PSGD: [P, S, G, D] of the same dtype, contiguous; written in place.
         block_table_BM: int32 [B, M], page numbers, M * S > any position. Entries past a row's position are not read
-            for it. Two rows must not write the same slot, nor one read a slot that another writes in this call.
+            for it. Two rows must not write different numbers into one slot, nor one read a slot that another writes
+            in this call. (Rows that fill up a batch may be equal ones at position 0 with one page for them all: they
+            write the same into a slot that no other row reads.)
         positions_B: int32 [B], position of the new token, 0 for the class token.
         rope_NC2: fp32 [N, D // 2, 2] from :func:`retinar.kernels.rope_attention.rope_table`.
         scale: factor of the scores, 1 / sqrt(D) by default.
@@ -94,12 +96,16 @@ MOST_PROGRAMS = 65535  # along the second and third axis of a GPU's grid
 
 
 def _triton_unsupported(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> str | None:
-    batch, _heads, head_dim = q.shape
+    return triton_refusal(q.shape[0], q.shape[2], k_cache, v_cache)
+
+
+def triton_refusal(batch: int, head_dim: int, *caches: Tensor) -> str | None:
+    """Why the Triton kernels do not take so many rows, a head dim, or caches [P, S, G, D]; None when they do."""
     if head_dim % 4 or head_dim > 128:
         return f"it takes head dims that are multiples of 4 up to 128, found {head_dim}"
     if batch > MOST_PROGRAMS:
         return f"it takes up to {MOST_PROGRAMS} rows, found {batch}"
-    if k_cache.data_ptr() % 16 or v_cache.data_ptr() % 16:
+    if any(cache.data_ptr() % 16 for cache in caches):
         return "it takes caches that start at a multiple of 16 bytes"
     return None
 

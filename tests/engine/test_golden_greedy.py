@@ -1,4 +1,7 @@
-"""Greedy codes and cached logits of upstream's own sampler, through sampler, scheduler, cache and runner."""
+"""Greedy codes and cached logits of upstream's own sampler, through sampler, scheduler, cache and runner.
+
+By the reference, and in the interpreted run by the Triton kernels: there the first codes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from retinar.engine import checkpoint
 from retinar.engine.request import Request, SamplingParams, make_request
 from retinar.engine.runner import DecodeLoop, EagerRunner
 from retinar.engine.sampler import Sampler
+from tests.conftest import Ran, every_backend
 
 SCALES, INTERVALS = (1.0, 1.5, 4.0), (-1, 5)
 
@@ -22,9 +26,13 @@ def vectors(golden: Path) -> dict[str, Tensor]:
     return load_file(golden / "gpt_expected.safetensors")
 
 
+def load(golden: Path, name: str) -> Sampler:
+    return Sampler(checkpoint.load_gpt(golden / name, golden / "gpt_config.json"), device="cpu")
+
+
 @pytest.fixture(scope="module", params=["gpt_ddp.pt", "gpt_consolidated.pth"])
 def sampler(golden: Path, request: pytest.FixtureRequest) -> Sampler:
-    return Sampler(checkpoint.load_gpt(golden / request.param, golden / "gpt_config.json"), device="cpu")
+    return load(golden, request.param)
 
 
 def greedy(scale: float, interval: int, labels: list[int], start: int = 0) -> list[Request]:
@@ -52,6 +60,25 @@ def test_all_settings_in_one_batch(
     for n, (scale, interval) in enumerate(settings):
         codes_IT = torch.stack([made[10 * n + i] for i in range(len(labels))])
         assert torch.equal(codes_IT, vectors[f"greedy.cfg{scale}.interval{interval}"]), (scale, interval)
+
+
+@every_backend("reference")
+def test_first_codes_on_every_backend(ran: Ran, golden: Path, vectors: dict[str, Tensor]) -> None:
+    """Past the interval, settings of all kinds in one batch; all codes would take the interpreter minutes."""
+    labels, codes, settings = vectors["labels"].tolist(), 9, ((1.0, -1), (1.5, -1), (4.0, -1), (4.0, 5))
+    requests = [r for n, (scale, interval) in enumerate(settings) for r in greedy(scale, interval, labels, 10 * n)]
+    loop = load(golden, "gpt_ddp.pt").loop(requests, max_images=len(requests), page_size=4)
+    for request in requests:
+        loop.submit(request)
+    for _ in range(codes):
+        loop.step()
+    assert ran.ops["decode_step"] == {ran.backend}
+    for image in loop.scheduler.live:
+        setting, number = divmod(image.request.stream.index, 10)
+        scale, interval = settings[setting]
+        expected_T = vectors[f"greedy.cfg{scale}.interval{interval}"][number, :codes]
+        assert torch.equal(loop.batch.codes_ST[image.slot, :codes], expected_T), (scale, interval)
+    assert len(loop.scheduler.live) == len(requests)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 1024])

@@ -174,6 +174,7 @@ def test_no_graph_breaks_under_compile() -> None:
 
 
 X, W = torch.zeros(2, 3, 8), torch.ones(8)
+W8 = torch.ones(4, 8)
 Q = torch.zeros(1, 4, 5, 8)
 INT = torch.zeros(2, dtype=torch.int32)
 CACHE = torch.zeros(3, 4, 2, 8)
@@ -218,6 +219,20 @@ WRONG = {
     "paged gradient": (lambda: _paged(q=torch.zeros(2, 4, 8, requires_grad=True)), "has no gradient"),
     "linear gradient": (lambda: ops.linear(X.clone().requires_grad_(), torch.ones(4, 8)), "has no gradient"),
     "linear shape": (lambda: ops.linear(X, torch.ones(8, 4)), r"x \[\.\.\., K\] and weight \[N, K\]"),
+    "linear dtype": (lambda: ops.linear(X, W8.half()), "one floating dtype, found torch.float32, torch.float16; cast"),
+    "linear norm": (lambda: ops.linear(X, W8, norm_K=W[:7]), r"expected a norm \[8\], found \(7,\)"),
+    "linear norm dtype": (lambda: ops.linear(X, W8, norm_K=W.double()), "norm and residual of one floating dtype"),
+    "linear residual": (
+        lambda: ops.linear(X, W8, residual_XN=torch.zeros(3, 4)),
+        r"expected a residual \(2, 3, 4\), found \(3, 4\)",
+    ),
+    "linear norm gradient": (lambda: ops.linear(X, W8, norm_K=W.clone().requires_grad_()), "has no gradient"),
+    "gate and wide": (lambda: ops.linear(X, W8, gate=True, wide=True), "at most one of gate, residual and wide"),
+    "gate and residual": (
+        lambda: ops.linear(X, W8, gate=True, residual_XN=torch.zeros(2, 3, 4)),
+        "at most one of gate, residual and wide, found several",
+    ),
+    "odd gate": (lambda: ops.linear(X, torch.ones(5, 8), gate=True), r"even number of outputs .*, found 5"),
     "loss targets": (lambda: ops.linear_cross_entropy(X[0], torch.ones(4, 8), INT), r"int64 targets \[3\]"),
     "codebook": (lambda: ops.vq_lookup(X[0], torch.ones(0, 8)), r"codebook \[K >= 1, C\]"),
     "noise": (lambda: ops.gumbel_noise(INT, INT, INT, 8), "expected int64 seeds"),

@@ -1,7 +1,7 @@
 """One walk over every op: all specs x cases x dtypes x backends, forward and backward, within the error budget.
 
-The backends are those that take CPU tensors; the interpreted run walks "triton" alone. Tests that name no backend cover
-there what "triton" runs, and in the ordinary run what a CPU prefers.
+The backends are those that take CPU tensors; the interpreted run walks those with Triton's kernels alone. Tests that
+name no backend cover there what "triton" runs, and in the ordinary run what a CPU prefers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from retinar.kernels import dispatch, ops, spec
 from retinar.kernels.launch import triton_missing
 from retinar.kernels.spec import ALL_SPECS, Case, Inputs, OpSpec
+
+INTERPRETED = "triton", "blas"  # what takes CPU tensors under the interpreter alone
 
 
 def _name(case: Case) -> str:
@@ -42,7 +44,7 @@ def _walk(
         for backend, implementation in dispatch.REGISTRY[op.name].backends.items():
             if "cpu" not in implementation.devices:
                 continue
-            marks = [pytest.mark.interpreted] if backend == "triton" else []
+            marks = [pytest.mark.interpreted] if backend in INTERPRETED else []
             for dtype in dtypes(op, backend):
                 for case in cases(op):
                     name = f"{op.name}-{backend}-{_dtype(dtype)}-{_name(case)}"
