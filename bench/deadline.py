@@ -25,6 +25,6 @@ class Deadline:
         """Whether something that takes so long still fits."""
         return self.left > seconds
 
-    def part(self, share: float) -> Deadline:
-        """A deadline for the next phase: a share of what is left."""
-        return Deadline(self.left * share, self.clock)
+    def part(self, share: float, keep: float = 0.0) -> Deadline:
+        """A deadline for the next phase: a share of what is left after ``keep`` seconds, which are for later ones."""
+        return Deadline(max(0.0, self.left - keep) * share, self.clock)

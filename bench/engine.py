@@ -16,7 +16,7 @@ from retinar.engine.tokenizer import VQTokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"gpt": "GPT-tiny", "tokenizer": "VQ-8-tiny", "grid": 8, "codes": 1024, "images": 4},
-    # The decoder has no GPU path of its own yet: a whole 32 x 32 grid would take most of a run.
+    # Small, and the host's work with it; `retinar.bench.sampling` has the paper's size.
     "cuda": {"gpt": "GPT-small", "tokenizer": "VQ-8-narrow", "grid": 8, "codes": 4096, "images": 16},
     "exercise": {"gpt": "GPT-tiny", "tokenizer": "VQ-8-tiny", "grid": 2, "codes": 64, "images": 2},
 }

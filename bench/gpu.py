@@ -1,4 +1,5 @@
-"""``make gpu``: is every op right on this device, how fast is it, and does training use it? One JSON.
+"""``make gpu``: is every op right on this device, how fast is it, does training use it, how fast are images made? One
+JSON, and the trace of a decode step beside it.
 
 From a bare checkout with torch, triton and numpy alone: ``PYTHONPATH=. python -m retinar.bench.gpu --device cuda``, in
 under nine minutes. ``--device cpu`` exercises all of it at tiny sizes, the GPU kernels under Triton's interpreter.
@@ -18,7 +19,7 @@ from pathlib import Path
 # Only what is light is imported here: Triton must not be before its interpreter is chosen, and the processes that
 # compile for the GPU import this file too.
 
-MINUTES = {"cuda": 8.5, "cpu": 4.0}
+MINUTES = {"cuda": 8.5, "cpu": 6.0}
 OUT = {"cuda": Path("bench/results"), "cpu": Path("build/exercise")}
 GRACE_SECONDS = 20
 
@@ -33,10 +34,12 @@ def main(argv: Sequence[str], *, watched: bool = False) -> int:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the exercise")
     add("--out", type=Path, help="folder of results (bench/results; of the exercise build/exercise)")
     add("--seconds", type=float, help="time for each measurement (0.3; of the exercise 0)")
-    add("--minutes", type=float, help="for everything (8.5; of the exercise 4)")
-    add("--only", help="ops whose name contains this; without profile and engine")
+    add("--minutes", type=float, help="for everything (8.5; of the exercise 6)")
+    add("--only", help="ops whose name contains this, without profile and engine; or: sampling")
+    add("--upstream", type=Path, help="a clone of LlamaGen, whose own sampling is then measured too")
     flags = parser.parse_args(argv)
 
+    from retinar.bench.baselines.upstream import check_clone
     from retinar.bench.deadline import Deadline
     from retinar.bench.report import markdown
     from retinar.bench.run import check_device
@@ -46,6 +49,7 @@ def main(argv: Sequence[str], *, watched: bool = False) -> int:
     exercise = flags.device == "cpu"
     try:
         check_device(flags.device)
+        upstream = None if flags.upstream is None else check_clone(flags.upstream)
         run = Run(
             flags.device,
             flags.out or OUT[flags.device],
@@ -53,6 +57,7 @@ def main(argv: Sequence[str], *, watched: bool = False) -> int:
             exercise=exercise,
             seconds=flags.seconds if flags.seconds is not None else 0.0 if exercise else 0.3,
             only=flags.only,
+            upstream=upstream,
         )
         if watched:
             watch(run.deadline.left + GRACE_SECONDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+from collections.abc import Collection
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from typing import NamedTuple
 
@@ -26,11 +27,12 @@ class Job(NamedTuple):
     place: int
 
 
-def jobs(architecture: int) -> list[Job]:
-    """Every variant of an architecture, those of bf16 first."""
+def jobs(architecture: int, ops: Collection[str] | None = None) -> list[Job]:
+    """Every variant of an architecture, of all ops or those of some folders, those of bf16 first."""
     found = [
         (not narrow, Job(kernel.name, architecture, place))
         for kernel in aot.kernels()
+        if ops is None or kernel.op in ops
         for place, variant in enumerate(aot.ordered(kernel, architecture))
         for narrow in ["bf16" in variant.pointers]
     ]
@@ -42,9 +44,11 @@ def nearest(major: int, minor: int) -> int:
     return max((each for each in aot.ARCHITECTURES if each <= 10 * major + minor), default=aot.ARCHITECTURES[0])
 
 
-def precompile(architecture: int, processes: int, deadline: Deadline) -> dict[str, object]:
+def precompile(
+    architecture: int, processes: int, deadline: Deadline, ops: Collection[str] | None = None
+) -> dict[str, object]:
     """What was compiled and how long it took; "failed": sentences. What the deadline cuts off, launches compile."""
-    wanted = jobs(architecture)
+    wanted = jobs(architecture, ops)
     found: dict[str, object] = {"variants": len(wanted), "processes": processes}
     if not deadline.fits(START_SECONDS):
         return {**found, "compiled": 0, "seconds": 0.0, "failed": []}

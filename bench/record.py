@@ -55,11 +55,15 @@ def command() -> str:
     return shlex.join([*start, *sys.argv[1:]])
 
 
-def save(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Write the document to FOLDER/<device>/<date>-<commit>.json and return that path."""
+def path_of(folder: Path, content: Mapping[str, Any]) -> Path:
+    """FOLDER/<device>/<date>-<commit>.json: where a document is saved, and what lies beside it is named after."""
     stamp = content["date"].replace(":", "").replace("+0000", "Z")
-    name = f"{stamp}-{(content['commit'] or 'nocommit')[:12]}.json"
-    path = folder / machine.slug(content["device"]) / name
+    return folder / machine.slug(content["device"]) / f"{stamp}-{(content['commit'] or 'nocommit')[:12]}.json"
+
+
+def save(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write the document to its `path_of` and return that."""
+    path = path_of(folder, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retinar.bench import record, targets
+from retinar.bench import record, report_sampling, targets
+from retinar.bench.words import percent, seconds, table
 from retinar.engine.errors import InputError
 
 COLUMNS = ("op", "size", "dtype", "direction", "implementation", "time", "share of the limit")
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that people read: 3.2 s, 41.0 ms, 7.5 us."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
-
-
-def percent(value: float | None) -> str:
-    """25 %, or a dash for what has no limit."""
-    return "-" if value is None else f"{100 * value:.0f} %"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A markdown table that can also be read as it is."""
-    cells = [list(head), *(list(line) for line in lines)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    cells.insert(1, ["-" * width for width in widths])
-    for line in cells:
-        yield "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
 
 
 def where(content: Mapping[str, Any]) -> str:
@@ -45,9 +24,10 @@ def where(content: Mapping[str, Any]) -> str:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The whole result: what is wrong first, then times, limits, what was left out, targets, and the profile."""
-    parts = [[where(content)], _failures(content), list(table(COLUMNS, map(_cells, content["rows"]))), _limits(content)]
-    parts += [_left_out(content), _targets(content), _profile(content)]
+    """The whole result: what is wrong first, then times, limits, sampling, what was left out, targets, the profile."""
+    times = list(table(COLUMNS, map(_cells, content["rows"]))) if content["rows"] else []
+    parts = [[where(content)], _failures(content), times, _limits(content)]
+    parts += [report_sampling.lines(content), _left_out(content), _targets(content), _profile(content)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 

@@ -1,42 +1,16 @@
-"""What the kernels are meant to reach on a GPU, as data, and whether a result reaches it."""
+"""What kernels and sampling are meant to reach on a GPU, as data, and whether a result reaches it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from retinar.bench import targets_sampling
 from retinar.bench.baselines.attention import ROTATED
+from retinar.bench.target import Limits, Rows, Target
 
 OURS, UNFUSED = "triton", "torch eager"
-Rows = Sequence[Mapping[str, Any]]
-Limits = Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """``value``: (rows, limits) -> the figure, or None where a row that it needs was not measured.
-
-    ``least``: whether the threshold is a lower bound. ``percent``: how people read the figure.
-    """
-
-    op: str
-    what: str
-    threshold: float
-    least: bool
-    value: Callable[[Rows, Limits], float | None]
-    percent: bool = False
-
-    def met(self, value: float) -> bool:
-        return value >= self.threshold if self.least else value <= self.threshold
-
-    def wanted(self) -> str:
-        """The threshold in words."""
-        return f"{'at least' if self.least else 'at most'} {self.show(self.threshold)}"
-
-    def show(self, value: float) -> str:
-        return f"{100 * value:.0f} %" if self.percent else f"{value:.2f}x"
 
 
 def row_of(rows: Rows, op: str, direction: str, backend: str) -> Mapping[str, Any] | None:
@@ -68,7 +42,7 @@ def _bandwidths() -> list[Target]:
     return [
         Target(
             op, f"{direction}, share of the copy bandwidth", least, True,
-            partial(bandwidth, op=op, direction=direction), percent=True,
+            partial(bandwidth, op=op, direction=direction), "%",
         )
         for op in ("rms_norm", "add_rms_norm", "swiglu", "swiglu_packed")
         for direction, least in (("forward", 0.85), ("backward", 0.75))
@@ -86,6 +60,7 @@ TARGETS: tuple[Target, ...] = (
     _ratio("rope_attention_dropout", f"speed over that of {ROTATED}", 1.0, True, "seconds", ROTATED, OURS),
     _ratio("linear_cross_entropy", "peak memory over the unfused loss's", 0.25, False, "peak_bytes", OURS, UNFUSED),
     _ratio("linear_cross_entropy", "time over the unfused loss's", 1.1, False, "seconds", OURS, UNFUSED),
+    *targets_sampling.TARGETS,
 )
 NOT_MEASURED = "not measured"
 
@@ -96,9 +71,10 @@ def evaluate(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     An exercise at tiny sizes computes the figures too, so that this code is tried, and then says "not measured".
     """
     counts = content["kind"] == "cuda" and not content.get("exercise")
+    rows = [*content["rows"], *(content.get(targets_sampling.NAME) or {}).get("rows", [])]
     found = []
     for target in TARGETS:
-        value = target.value(content["rows"], content["limits"])
+        value = target.value(rows, content["limits"])
         if value is None or not counts:
             state = NOT_MEASURED
         elif target.met(value):
@@ -114,12 +90,14 @@ def shown(target: Mapping[str, Any]) -> str:
     """The figure of an evaluated target, as people read it."""
     if target["value"] is None:
         return "-"
-    percent = next(each.percent for each in TARGETS if (each.op, each.what) == (target["op"], target["what"]))
-    return f"{100 * target['value']:.0f} %" if percent else f"{target['value']:.2f}x"
+    known = next(each for each in TARGETS if (each.op, each.what) == (target["op"], target["what"]))
+    return known.show(target["value"])
 
 
 def evidence(content: Mapping[str, Any], op: str) -> list[str]:
     """What stands beside a missed target: the op's times and shares of the limits, and its part of a training step."""
+    if op == targets_sampling.NAME:
+        return targets_sampling.evidence(content)
     lines = [
         f"{row['direction']}, {row['backend']}: {row['seconds'] * 1e6:.1f} us, "
         + (f"{100 * row['share']:.0f} % of the limit" if row.get("share") else "no limit counted")

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ from retinar import __version__
 from retinar.engine import images, provenance
 from retinar.engine.errors import InputError
 from retinar.engine.files import atomic_write, sha256_file, write_json
+from retinar.engine.pipeline import Sampled
 from retinar.engine.progress import Progress, plain
 from retinar.engine.request import Request, SamplingParams, label_name
 from retinar.engine.sampler import Sampler
@@ -42,6 +44,38 @@ class Item:
     file: str
 
 
+class Limits(NamedTuple):
+    """Images made at the same time, and the cache they share, of every process; no image depends on them."""
+
+    max_images: int
+    page_size: int
+    pages: int | None
+
+
+Make = Callable[[Sampler, Path, Sequence[Item], Limits, Progress], None]
+"""``make(sampler, out, missing, limits, progress)`` writes the missing images: here, or in processes of their own."""
+
+
+def save_images(
+    sampler: Sampler, out: Path, items: Sequence[Item], limits: Limits, progress: Progress
+) -> Generator[int, None, None]:
+    """Make these images; yields each one's index once its file is there. Close it when leaving early."""
+    files = {item.request.index: item.file for item in items}
+
+    def save(done: Sampled) -> int:
+        images.save_png(images.to_pil(done.pixels_HWC, done.fields), out / files[done.request.index])
+        return done.request.index
+
+    return sampler.sample([item.request for item in items], **limits._asdict(), progress=progress, finish=save)
+
+
+def make_here(sampler: Sampler, out: Path, missing: Sequence[Item], limits: Limits, progress: Progress) -> None:
+    """Write the missing images in this process."""
+    with closing(save_images(sampler, out, missing, limits, progress)) as saved:
+        for _ in saved:
+            pass
+
+
 def generate_folder(
     sampler: Sampler,
     out: Path | str,
@@ -55,12 +89,13 @@ def generate_folder(
     cfg_interval: int = -1,
     start_index: int = 0,
     npz: bool = False,
-    max_images: int = 16,
+    max_images: int | None = None,
     page_size: int = 16,
     pages: int | None = None,
     model: Path | str | None = None,
     tokenizer: Path | str | None = None,
     config: str | None = None,
+    make: Make = make_here,
     progress: Progress = plain,
 ) -> dict[str, Any]:
     """Make ``count`` images of each label into ``out``, or what is missing of them; returns a summary.
@@ -68,8 +103,9 @@ def generate_folder(
     Writes ``images/{label}/{index:06d}.png`` (indices run through all labels from ``start_index``), ``run.json`` (all
     parameters), and when all images are there ``manifest.jsonl`` (a line an image, by index), ``sheet.png`` and on
     request ``samples.npz`` (``arr_0`` uint8 [n, h, w, 3]). ``model``, ``tokenizer`` and ``config`` say where they
-    came from, noted for `reproduce`. InputError for parameters out of range, and for a folder that holds another run;
-    OSError as the file system has it.
+    came from, noted for `reproduce`. ``make`` writes the images that are missing; with
+    `retinar.engine.shards.Shards` several GPUs share them. InputError for parameters out of range, and for a folder
+    that holds another run; OSError as the file system has it.
     """
     for label, count in labels_counts:
         if count < 1:
@@ -81,8 +117,8 @@ def generate_folder(
     items = _items(sampler, sampler.requests(labels, params, seed, start_index))
     height, width = _image_size(sampler)
 
-    limits: dict[str, Any] = {"max_images": max_images, "page_size": page_size, "pages": pages}
-    sampler.plan([item.request for item in items], **limits)  # refused before anything is written
+    limits = Limits(sampler.at_once if max_images is None else max_images, page_size, pages)
+    sampler.plan([item.request for item in items], **limits._asdict())  # refused before anything is written
 
     out = Path(out)
     run = {
@@ -105,9 +141,7 @@ def generate_folder(
     _claim(out, run)
     kept, foreign = _kept(sampler, out, items, progress)
     missing = [item for item in items if item.request.index not in kept]
-    files = {item.request.index: item.file for item in items}
-    for done in sampler.sample([item.request for item in missing], **limits, progress=progress):
-        images.save_png(images.to_pil(done.pixels_HWC, done.fields), out / files[done.request.index])
+    make(sampler, out, missing, limits, progress)
 
     _write_manifest(out, items)
     _write_sheet(out, items, sampler, seed, params)

@@ -20,12 +20,12 @@ SHEET_COLUMNS, SHEET_PER_CLASS, SHEET_GROUPS, SHEET_CELL = 8, 64, 32, 192
 BACKGROUND, TITLE, NOTE = (22, 24, 29), (236, 238, 242), (140, 146, 158)
 
 
-def to_bytes(image_CHW: Tensor) -> np.ndarray:
-    """A decoded image in [-1, 1] as uint8 [H, W, C]: clamp(127.5 x + 128, 0, 255), the fraction cut off (upstream's
-    rule).
+def to_bytes(images_CHW: Tensor) -> np.ndarray:
+    """Decoded images [..., C, H, W] in [-1, 1] as uint8 [..., H, W, C] on the host: clamp(127.5 x + 128, 0, 255), the
+    fraction cut off (upstream's rule).
     """
-    levels_CHW = (127.5 * image_CHW.float() + 128.0).clamp(0, 255)
-    return levels_CHW.permute(1, 2, 0).to("cpu", torch.uint8).contiguous().numpy()
+    levels_CHW = (127.5 * images_CHW.float() + 128.0).clamp(0, 255)
+    return levels_CHW.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
 def to_pil(pixels_HWC: np.ndarray, fields: dict[str, str]) -> Image.Image:

@@ -56,8 +56,9 @@ class PageAllocator:
 
 
 class KVCache:
-    """Keys and values [L, P, S, G, D] (layers, pages, slots, kv heads, head dim), fp32 or bf16.
+    """Keys and values [L, P + 1, S, G, D] (layers, pages, slots, kv heads, head dim), fp32 or bf16.
 
+    The last page, ``scratch_page``, belongs to no image: the padding rows of a step write there.
     The memory starts as zeros (pages that the system hands out lazily on a CPU) and is never cleared again: no result
     may depend on what an unwritten slot holds, which the tests check with NaN.
     """
@@ -66,13 +67,13 @@ class KVCache:
         self, config: GPTConfig, *, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         check_pool(page_size, pages)
-        self.page_size, self.pages = page_size, pages
-        shape = (config.n_layer, pages, page_size, config.kv_heads, config.head_dim)
+        self.page_size, self.pages, self.scratch_page = page_size, pages, pages
+        shape = (config.n_layer, pages + 1, page_size, config.kv_heads, config.head_dim)
         try:
             self.k_LPSGD = torch.zeros(shape, dtype=dtype, device=device)
             self.v_LPSGD = torch.zeros(shape, dtype=dtype, device=device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
-            size = 2 * pages * page_bytes(config, page_size, dtype) / 2**30
+            size = (pages + 1) * page_bytes(config, page_size, dtype) / 2**30
             raise InputError(
                 f"a KV cache of {pages} pages needs {size:.1f} GiB, more than {device} has; lower --pages"
             ) from error
@@ -104,7 +105,7 @@ def pool_pages(
     """
     share = FREE_SHARE_GPU if device.type == "cuda" else FREE_SHARE_CPU
     free = free_memory(device)
-    fit = int(share * free) // page_bytes(config, page_size, dtype)
+    fit = int(share * free) // page_bytes(config, page_size, dtype) - 1  # for the scratch page
     if fit < least:
         need = least * page_bytes(config, page_size, dtype)
         raise InputError(

@@ -47,6 +47,7 @@ def reproduce(
             DTYPES[found.fields["dtype"]],
             config=config,
             backend=_backend(recorded),
+            batch_invariant=bool(recorded.get("batch_invariant")),
         )
         origin = sampler.origin
         _same("checkpoint", "--model", found.fields["checkpoint"], origin.checkpoint, file, model)
@@ -75,6 +76,7 @@ def reproduce(
         "largest_pixel_difference": largest,
         "file_untouched": found.untouched,
         "same_implementation": not changes,
+        "batch_invariant": recorded.get("batch_invariant", True),
         "implementation_differences": dict(sorted(changes.items())),
     }
     return report | {"verdict": _verdict(report)}
@@ -90,7 +92,12 @@ def _verdict(report: dict[str, Any]) -> str:
     if not report["file_untouched"]:
         text += "; the file's pixels were changed after it was made"
     if report["same_implementation"]:
-        return text + "; on this same implementation they should be equal"
+        if report["batch_invariant"]:
+            return text + "; on this same implementation they should be equal"
+        return text + (
+            "; it was made in the fast mode, where rounding depends on what is made at the same time: "
+            "generate with --batch-invariant for equal bits"
+        )
     names = ", ".join(
         f"{key} {was} then, {now} now" for key, (was, now) in report["implementation_differences"].items()
     )

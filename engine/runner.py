@@ -1,8 +1,8 @@
-"""Advancing: explicit step inputs, a runner that turns them into codes, and the loop that feeds both.
+"""Advancing: a runner turns step inputs into codes, and a loop feeds it.
 
-``Runner.step(inputs) -> codes_I`` is the one way to advance. What lies below differs (eager ops here; a CUDA graph or
-one native call elsewhere); what lies above is the same for all. The step inputs live in tensors that are allocated
-once and written in place, so their addresses are stable; codes stay on the device until their image is complete.
+``Runner.step(inputs) -> codes_I`` is the one way to advance. What lies below differs (eager ops here; CUDA graphs in
+`retinar.engine.graphs`; one native call elsewhere); what lies above is the same for all. Nothing here waits for the
+device: the scheduler counts positions and never sees a code.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from retinar.engine.config import GPTConfig
-from retinar.engine.kv_cache import KVCache, pages_for
+from retinar.engine.kv_cache import KVCache
 from retinar.engine.request import Request
-from retinar.engine.scheduler import LiveImage, Scheduler
+from retinar.engine.scheduler import Scheduler
+from retinar.engine.step_batch import StepBatch, step_buffers
 from retinar.kernels import ops
 
 
@@ -27,8 +28,11 @@ class Runner(Protocol):
     cache: KVCache
     device: torch.device
 
+    def buffers(self, max_images: int) -> ops.StepInputs:
+        """Padded inputs (`step_buffers`) with room for so many pairs: what `step` is to be given views of."""
+
     def step(self, inputs: ops.StepInputs) -> Tensor:
-        """Write one KV slot a row and return codes_I int64, on the runner's device."""
+        """Write one KV slot a row and return codes_I int64 on the runner's device, valid until the next step."""
 
 
 class EagerRunner:
@@ -44,6 +48,9 @@ class EagerRunner:
         self.device = cache.k_LPSGD.device
         self.logits_BV: Tensor | None = None
 
+    def buffers(self, max_images: int) -> ops.StepInputs:
+        return step_buffers(self.config, self.cache.page_size, self.cache.scratch_page, max_images, self.device)
+
     @torch.inference_mode()
     def step(self, inputs: ops.StepInputs) -> Tensor:
         cache = self.cache
@@ -53,109 +60,33 @@ class EagerRunner:
         return codes_I
 
 
-class StepBatch:
-    """The tensors of a step, [rows or images] long views of buffers with room for ``max_images`` pairs.
-
-    Rows are the live images' conditional rows in order of admission, then the null rows of those still guided.
-    Everything is rebuilt only when the set of rows changes (at most three times an image); in between a step costs an
-    addition and a gather. ``codes_ST`` [slots, block_size] holds what has been drawn.
-    """
-
-    def __init__(self, config: GPTConfig, page_size: int, max_images: int, device: torch.device) -> None:
-        rows, self.width = 2 * max_images, pages_for(config.block_size, page_size)
-        self.vocab_size, self.device = config.vocab_size, device
-        self.codes_ST = torch.zeros(max_images, config.block_size, dtype=torch.int64, device=device)
-
-        def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self._buffers = ops.StepInputs(
-            tokens_B=buffer(rows, dtype=torch.int64),
-            positions_B=buffer(rows, dtype=torch.int32),
-            block_table_BM=buffer(rows, self.width, dtype=torch.int32),
-            cond_row_I=buffer(max_images, dtype=torch.int32),
-            null_row_I=buffer(max_images, dtype=torch.int32),
-            cfg_scale_I=buffer(max_images, dtype=torch.float32),
-            temperature_I=buffer(max_images, dtype=torch.float32),
-            top_k_I=buffer(max_images, dtype=torch.int32),
-            top_p_I=buffer(max_images, dtype=torch.float32),
-            seed_I=buffer(max_images, dtype=torch.int64),
-            index_I=buffer(max_images, dtype=torch.int64),
-        )
-        self.inputs = self._buffers
-        self._slot_I = self._image_B = torch.zeros(0, dtype=torch.int64, device=device)
-
-    def rebuild(self, live: list[LiveImage], null_class: int) -> None:
-        """Lay out the rows of ``live``; positions come from the scheduler, the last codes from ``codes_ST``."""
-        guided = [i for i, image in enumerate(live) if image.guided]
-        images, rows = len(live), len(live) + len(guided)
-        image_of_row = list(range(images)) + guided
-        labels = [image.request.label for image in live] + [null_class] * len(guided)
-        tables = [image.cond_pages for image in live] + [live[i].null_pages for i in guided]
-        null_rows = [-1] * images
-        for row, i in enumerate(guided, start=images):
-            null_rows[i] = row
-        params = [image.request.params for image in live]
-
-        # unused entries of a table name page 0, a valid address, and are never used: a row stays within its pages
-        table_BM = [pages + [0] * (self.width - len(pages)) for pages in tables]
-        columns: dict[str, list] = {
-            "tokens_B": labels,
-            "positions_B": [live[i].position for i in image_of_row],
-            "block_table_BM": table_BM,
-            "cond_row_I": list(range(images)),
-            "null_row_I": null_rows,
-            "cfg_scale_I": [p.cfg_scale for p in params],
-            "temperature_I": [p.temperature for p in params],
-            "top_k_I": [p.top_k if p.top_k < self.vocab_size else 0 for p in params],
-            "top_p_I": [p.top_p for p in params],
-            "seed_I": [image.request.stream.seed_word for image in live],
-            "index_I": [image.request.stream.index for image in live],
-        }
-        views = {}
-        for name, values in columns.items():
-            target = getattr(self._buffers, name)
-            views[name] = target[:rows] if name.endswith(("_B", "_BM")) else target[:images]
-            views[name].copy_(torch.tensor(values, dtype=target.dtype))
-        self.inputs = ops.StepInputs(**views)
-
-        self._slot_I = torch.tensor([image.slot for image in live], device=self.device)
-        self._image_B = torch.tensor(image_of_row, device=self.device)
-        positions_B = self.inputs.positions_B.long()
-        last_B = self.codes_ST[self._slot_I[self._image_B], (positions_B - 1).clamp_(min=0)]
-        self.inputs.tokens_B.copy_(torch.where(positions_B == 0, self.inputs.tokens_B, last_B))
-
-    def record(self, codes_I: Tensor) -> None:
-        """Keep the step's codes and make them the next step's input, without a copy to the host."""
-        positions_I = self.inputs.positions_B[: codes_I.shape[0]]
-        self.codes_ST[self._slot_I, positions_I.long()] = codes_I
-        self.inputs.tokens_B.copy_(codes_I[self._image_B])
-        self.inputs.positions_B.add_(1)
-
-    def take(self, slot: int) -> Tensor:
-        """The codes [block_size] int64 of a finished image, on the CPU."""
-        return self.codes_ST[slot].to("cpu", copy=True)
-
-
 class Finished(NamedTuple):
-    """A complete image: ``codes_T`` int64 [block_size] on the CPU."""
+    """A complete image: ``codes_T`` int64 [block_size] on the runner's device, there once ``ready`` has happened."""
 
     ticket: int
     request: Request
     codes_T: Tensor
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> Tensor:
+        """The codes, after waiting for the device to have drawn them."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.codes_T
 
 
 class DecodeLoop:
     """Scheduler, step tensors and runner in one loop: submit, cancel and step, in any order.
 
-    A library call runs it to the end; a server calls ``step`` for ever, submitting between steps.
+    A library call runs it to the end; a server calls ``step`` for ever, submitting between steps. At most
+    ``max_images`` live at once.
     """
 
     def __init__(self, runner: Runner, max_images: int) -> None:
         config, cache = runner.config, runner.cache
         self.runner = runner
         self.scheduler = Scheduler(config.block_size, cache.page_size, cache.pages, max_images)
-        self.batch = StepBatch(config, cache.page_size, max_images, runner.device)
+        self.batch = StepBatch(config, runner.buffers(max_images))
         self.codes = 0  # drawn by the last step
 
     def submit(self, request: Request) -> int:
@@ -168,7 +99,10 @@ class DecodeLoop:
 
     @torch.no_grad()
     def step(self) -> list[Finished]:
-        """One code for every live image, after admitting whoever fits; returns the images that became complete."""
+        """One code for every live image, after admitting whoever fits; returns the images that became complete.
+
+        On a GPU the step is queued, not awaited, so admission and layout of the next overlap with it.
+        """
         scheduler = self.scheduler
         scheduler.admit()
         self.codes = len(scheduler.live)
@@ -178,9 +112,20 @@ class DecodeLoop:
             self.batch.rebuild(scheduler.live, self.runner.config.num_classes)
             scheduler.changed = False
         self.batch.record(self.runner.step(self.batch.inputs))
-        return [Finished(done.ticket, done.request, self.batch.take(done.slot)) for done in scheduler.advance()]
+        done = scheduler.advance()
+        codes = [self.batch.take(image.slot) for image in done]
+        ready = self._now() if done else None
+        return [Finished(each.ticket, each.request, codes_T, ready) for each, codes_T in zip(done, codes, strict=True)]
 
     def run(self) -> Iterator[Finished]:
         """Step until nothing is waiting or live."""
         while self.scheduler.busy:
             yield from self.step()
+
+    def _now(self) -> torch.cuda.Event | None:
+        """This place in the device's queue."""
+        if self.runner.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(blocking=True)  # whoever waits sleeps: the host's cores have images to write
+        event.record(torch.cuda.current_stream(self.runner.device))
+        return event

@@ -2,14 +2,14 @@
 
 An image depends on the checkpoint, dtype, label, parameters, seed, index and implementation, and on nothing else:
 rows are independent of their batch down to the bit (`retinar.kernels.ops`), noise comes from the image's own stream,
-and the decoder sees one image at a time.
+and the decoder sees one image at a time. A GPU's fast mode gives up the first and the last (`Sampler`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,35 +18,29 @@ from torch import Tensor
 
 from retinar.engine import checkpoint, images, provenance
 from retinar.engine.config import ConfigSource
+from retinar.engine.decoding import Decoding
 from retinar.engine.device import find_device
 from retinar.engine.errors import InputError
-from retinar.engine.kv_cache import KVCache, check_pool, pool_pages
 from retinar.engine.model import GPT
+from retinar.engine.pipeline import DECODE_BATCH, WAVES, Developer, Sampled, Steps, default_workers, develop
 from retinar.engine.progress import Progress, silent
 from retinar.engine.request import Request, SamplingParams, make_request, resolve_label
-from retinar.engine.runner import DecodeLoop, EagerRunner, Finished, Runner
-from retinar.engine.scheduler import check_fits, pages_needed
+from retinar.engine.runner import DecodeLoop
 from retinar.engine.tokenizer import VQTokenizer
-from retinar.kernels import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Sampled(NamedTuple):
-    """A finished image: pixels uint8 [H, W, 3], codes int64 [block_size], and its text fields."""
-
-    request: Request
-    codes_T: Tensor
-    pixels_HWC: np.ndarray
-    fields: dict[str, str]
 
 
 class Sampler:
     """A transformer, its tokenizer and their origin, ready to sample.
 
-    ``dtype`` is that of weights and cache (float32 or bfloat16); the tokenizer decodes in fp32. ``tokenizer`` may be
-    None where only codes are wanted, and is switched to evaluation. ``digest`` and ``tokenizer_digest`` identify the
-    files for the provenance.
+    ``dtype`` is that of weights and cache (float32 or bfloat16; by default float32 on a CPU and bfloat16 on a GPU); the
+    tokenizer decodes in fp32. ``tokenizer`` may be None where only codes are wanted, and is switched to evaluation.
+    ``digest`` and ``tokenizer_digest`` identify the files for the provenance.
+
+    ``batch_invariant``: bits do not depend on what is made at the same time, which on a CPU always holds. On a GPU it
+    costs speed (the README has figures): without it products of many rows are torch's, whose sums depend on the number
+    of rows, and images are decoded in batches.
     """
 
     def __init__(
@@ -58,13 +52,16 @@ class Sampler:
         digest: str = provenance.UNSAVED,
         tokenizer_digest: str = provenance.UNSAVED,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         backend: str | None = None,
+        batch_invariant: bool = False,
     ) -> None:
-        if dtype not in DTYPES.values():
-            raise InputError(f"dtype must be float32 or bfloat16, got {dtype}; choose one of them")
         self.device = find_device(device)
-        self.dtype, self.backend, self.classes = dtype, backend, tuple(classes)
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        if self.dtype not in DTYPES.values():
+            raise InputError(f"dtype must be float32 or bfloat16, got {dtype}; choose one of them")
+        self.classes = tuple(classes)
+        self.batch_invariant = batch_invariant or self.device.type == "cpu"
         self.config = gpt.config
         if self.classes and len(self.classes) != gpt.config.num_classes:
             raise InputError(
@@ -76,17 +73,16 @@ class Sampler:
                 f"the transformer draws from {gpt.config.vocab_size} codes and the tokenizer has "
                 f"{tokenizer.config.codebook_size}; give the tokenizer that the transformer was trained with"
             )
-        self.weights = gpt.to(self.device).decode_weights(dtype)
+        self.decoding = Decoding(gpt, self.device, self.dtype, backend, self.batch_invariant)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device).eval()
         self.origin = provenance.Origin(
             checkpoint=digest,
             tokenizer=tokenizer_digest,
-            dtype=str(dtype).removeprefix("torch."),
-            implementation=self._implementation(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            implementation=self.decoding.implementation(),
             classes=self.classes,
             vocab_size=gpt.config.vocab_size,
         )
-        self._idle: Runner | None = None
 
     @classmethod
     def from_pretrained(
@@ -94,11 +90,12 @@ class Sampler:
         path: Path | str,
         tokenizer: Path | str | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         *,
         config: ConfigSource | None = None,
         tokenizer_config: ConfigSource | None = None,
         backend: str | None = None,
+        batch_invariant: bool = False,
     ) -> Sampler:
         """Load a checkpoint (our folder or an upstream file). The tokenizer is the folder's own unless given.
 
@@ -119,6 +116,7 @@ class Sampler:
             device=device,
             dtype=dtype,
             backend=backend,
+            batch_invariant=batch_invariant,
         )
 
     def requests(
@@ -143,7 +141,7 @@ class Sampler:
         top_p: float = 1.0,
         cfg_interval: int = -1,
         start_index: int = 0,
-        max_images: int = 16,
+        max_images: int | None = None,
         page_size: int = 16,
         pages: int | None = None,
         progress: Progress = silent,
@@ -166,45 +164,57 @@ class Sampler:
         self,
         requests: Sequence[Request],
         *,
-        max_images: int = 16,
+        max_images: int | None = None,
         page_size: int = 16,
         pages: int | None = None,
         progress: Progress = silent,
-    ) -> Iterator[Sampled]:
-        """Finished images as they complete (not in order), decoded. Arguments and errors as `sample_codes`."""
-        self.require_tokenizer()
+        finish: Callable[[Sampled], Any] | None = None,
+    ) -> Generator[Any, None, None]:
+        """Each image as `Sampled`, or ``finish(sampled)``, as it completes (not in the order of ``requests``).
+
+        On a GPU images are decoded, digested and finished in threads beside the decode loop, `retinar.engine.pipeline`;
+        ``finish`` is called from several of them, and what it raises is raised here. Other arguments and errors as
+        `sample_codes`.
+        """
+        developer = self._developer()
+        backlog = WAVES * (self.at_once if max_images is None else max_images)
         steps = self._run(requests, max_images, page_size, pages, progress)
-        return (self.develop(finished.request, finished.codes_T) for finished in steps)
+        return develop(steps, developer, finish or _as_it_is, backlog=backlog, workers=default_workers(self.device))
 
     def sample_codes(
         self,
         requests: Sequence[Request],
         *,
-        max_images: int = 16,
+        max_images: int | None = None,
         page_size: int = 16,
         pages: int | None = None,
         progress: Progress = silent,
     ) -> Iterator[tuple[int, Tensor]]:
-        """(index, codes int64 [block_size]) of each image as it completes.
+        """(index, codes int64 [block_size] on the CPU) of each image as it completes.
 
-        At most ``max_images`` live at once; a cache of ``pages`` pages of ``page_size`` slots (a power of two), or as
-        many as are needed and free memory allows. Neither changes the codes. InputError when an image cannot fit the
-        cache.
+        At most ``max_images`` live at once (by default `at_once`); a cache of ``pages`` pages of ``page_size`` slots
+        (a power of two), or as many as are needed and free memory allows. Neither changes the codes. InputError when an
+        image cannot fit the cache.
         """
         steps = self._run(requests, max_images, page_size, pages, progress)
-        return ((finished.request.index, finished.codes_T) for finished in steps)
+        return ((finished.request.index, finished.wait().cpu()) for step in steps for finished in step)
 
-    def develop(self, request: Request, codes_T: Tensor) -> Sampled:
-        """Decode one image and write down where it came from."""
-        pixels_HWC = self.decode(codes_T)
-        return Sampled(request, codes_T, pixels_HWC, provenance.describe(self.origin, request, codes_T, pixels_HWC))
-
-    @torch.no_grad()
     def decode(self, codes_T: Tensor) -> np.ndarray:
         """Codes [block_size] as pixels uint8 [H, W, 3]; alone, so that its bits depend on no other image."""
-        grid = self.config.grid
-        images_BCHW = self.require_tokenizer().decode(codes_T.view(1, grid, grid).to(self.device))
-        return images.to_bytes(images_BCHW[0])
+        return self._developer().decode(codes_T[None])[0]
+
+    @property
+    def at_once(self) -> int:
+        """Images made at the same time unless said otherwise: a GPU's step costs little more for many rows."""
+        return 64 if self.device.type == "cuda" else 16
+
+    def unload(self) -> None:
+        """Free the device's memory: the sampler still knows what it is and plans, but makes nothing more."""
+        self.decoding.unload()
+        if self.tokenizer is not None:
+            self.tokenizer.to("meta")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def require_tokenizer(self) -> VQTokenizer:
         """The tokenizer; InputError when this sampler was made without one."""
@@ -213,54 +223,52 @@ class Sampler:
         return self.tokenizer
 
     def plan(self, requests: Sequence[Request], *, max_images: int, page_size: int, pages: int | None = None) -> int:
-        """Pages of the pool for these requests. InputError when one image cannot fit, or a limit is out of range."""
-        check_pool(page_size, pages)
-        if max_images < 1:
-            raise InputError(f"max-images must be at least 1, got {max_images}; try 16")
-        most = max(pages_needed(request, self.config.block_size, page_size) for request in requests)
-        if pages is None:
-            wanted = most * min(max_images, len(requests))
-            return pool_pages(wanted, most, self.config, page_size, self.dtype, self.device)
-        check_fits(most, page_size, pages)
-        return pages
+        """As `Decoding.plan`."""
+        return self.decoding.plan(requests, max_images=max_images, page_size=page_size, pages=pages)
 
     def loop(
-        self, requests: Sequence[Request], *, max_images: int, page_size: int, pages: int | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        max_images: int,
+        page_size: int,
+        pages: int | None = None,
+        progress: Progress = silent,
     ) -> DecodeLoop:
-        """A loop over a cache that fits these requests, nothing submitted yet. Errors as `plan`."""
-        pages = self.plan(requests, max_images=max_images, page_size=page_size, pages=pages)
-        runner, self._idle = self._idle, None
-        if runner is None or (runner.cache.pages, runner.cache.page_size) != (pages, page_size):
-            runner = None  # its cache is freed before the next one is made
-            cache = KVCache(self.config, pages=pages, page_size=page_size, dtype=self.dtype, device=self.device)
-            runner = EagerRunner(self.weights, self.config, cache, self.backend)
-        return DecodeLoop(runner, min(max_images, len(requests)))
+        """As `Decoding.loop`."""
+        return self.decoding.loop(requests, max_images=max_images, page_size=page_size, pages=pages, progress=progress)
+
+    def _developer(self) -> Developer:
+        batch = 1 if self.batch_invariant else DECODE_BATCH
+        return Developer(self.require_tokenizer(), self.origin, self.config.grid, self.device, batch)
 
     def _run(
-        self, requests: Sequence[Request], max_images: int, page_size: int, pages: int | None, progress: Progress
-    ) -> Iterator[Finished]:
+        self, requests: Sequence[Request], max_images: int | None, page_size: int, pages: int | None, progress: Progress
+    ) -> Steps:
         # checked here and now, not when the first image is asked for
         requests = list(requests)
         if not requests:
-            return iter(())
-        loop = self.loop(requests, max_images=max_images, page_size=page_size, pages=pages)
+            return _no_steps()
+        max_images = self.at_once if max_images is None else max_images
+        loop = self.loop(requests, max_images=max_images, page_size=page_size, pages=pages, progress=progress)
         for request in requests:
             loop.submit(request)
         return self._steps(loop, len(requests), progress)
 
-    def _steps(self, loop: DecodeLoop, total: int, progress: Progress) -> Iterator[Finished]:
+    def _steps(self, loop: DecodeLoop, total: int, progress: Progress) -> Steps:
         done = 0
         with progress("codes", total * self.config.block_size) as bar:
             while loop.scheduler.busy:
                 finished = loop.step()
                 done += len(finished)
                 bar.advance(loop.codes, f"{done} of {total} images" if finished else None)
-                yield from finished
-        self._idle = loop.runner  # kept for the next call: a runner may have cost a warm-up
+                yield finished
+        self.decoding.keep(loop)
 
-    def _implementation(self) -> dict[str, object]:
-        reasons = ops.backends("decode_step")
-        default = "native" if self.device.type == "cpu" and reasons.get("native", "absent") is None else "reference"
-        backend = self.backend or default
-        isa = ops.native_info()["isa"] if backend == "native" else None
-        return provenance.implementation("eager", backend, isa, self.device)
+
+def _no_steps() -> Steps:
+    yield from ()
+
+
+def _as_it_is(sampled: Sampled) -> Sampled:
+    return sampled

@@ -95,13 +95,19 @@ class Scheduler:
         self.changed |= admitted > 0
         return admitted
 
-    def advance(self) -> list[LiveImage]:
-        """One step is done: count it, release null rows whose guidance has ended, take out and return finished
-        images.
+    @property
+    def quiet(self) -> int:
+        """Steps for which the set of rows stays as it is, unless somebody submits or cancels; 0 with nobody live."""
+        ends = (i.guided_codes if i.guided else self.block_size for i in self.live)
+        return min((end - i.position for end, i in zip(ends, self.live, strict=True)), default=0)
+
+    def advance(self, steps: int = 1) -> list[LiveImage]:
+        """So many steps (at most `quiet`) are done: count them, release null rows whose guidance has ended, take out
+        and return finished images.
         """
         finished = []
         for image in self.live:
-            image.position += 1
+            image.position += steps
             if image.position == image.guided_codes:
                 self.allocator.release(image.null_pages)
                 self.changed = True

@@ -48,16 +48,22 @@ class Generate:
     """Guide the first code and decode steps 0 to this one, then no more (faster); -1 guides all."""
     npz: bool = False
     """Also write samples.npz (arr_0, uint8, images x height x width x 3)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of weights and cache."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of weights and cache; by default bfloat16 on a GPU and float32 on a CPU."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
-    max_images: int = 16
-    """Images made at the same time; changes the speed, never the images."""
+    gpus: int = 1
+    """GPUs to use, from cuda:0, with a process for each; they share the images of one folder."""
+    batch_invariant: bool = False
+    """Bit-equal images whatever is made beside them, on any number of GPUs; slower. On a CPU it is always so."""
+    max_images: int | None = None
+    """Images made at the same time (by each process); changes the speed, and with --batch-invariant or on a CPU never
+    the images. By default 64 on a GPU and 16 on a CPU.
+    """
     page_size: int = 16
     """Slots of a cache page, a power of two; never changes the images."""
     pages: int | None = None
-    """Pages of the cache; by default as many as needed, within free memory."""
+    """Pages of the cache (of each process); by default as many as needed, within free memory."""
     threads: int | None = None
     """CPU threads; by default torch's choice."""
 
@@ -65,9 +71,10 @@ class Generate:
         import torch
 
         from retinar.engine.errors import InputError
-        from retinar.engine.generate import generate_folder
+        from retinar.engine.generate import generate_folder, make_here
         from retinar.engine.request import SamplingParams
-        from retinar.engine.sampler import DTYPES, Sampler
+        from retinar.engine.sampler import DTYPES
+        from retinar.engine.shards import Shards, Source
 
         if self.count < 1:
             raise InputError(f"count must be at least 1, got {self.count}; ask for some images")
@@ -75,11 +82,12 @@ class Generate:
             if self.threads < 1:
                 raise InputError(f"threads must be at least 1, got {self.threads}; leave it out for the default")
             torch.set_num_threads(self.threads)
+        devices = self._devices(torch.cuda.device_count())
         # what can be refused is refused before a checkpoint of gigabytes is read
         SamplingParams(self.cfg_scale, self.temperature, self.top_k, self.top_p, self.cfg_interval)
-        sampler = Sampler.from_pretrained(
-            self.model, self.tokenizer, self.device, DTYPES[self.dtype], config=self.config
-        )
+        dtype = None if self.dtype is None else DTYPES[self.dtype]
+        source = Source(self.model, self.tokenizer, self.config, dtype, self.batch_invariant)
+        sampler = source.load(devices[0])
         labels = [name.strip() for text in self.label for name in text.split(",") if name.strip()] or list(
             sampler.classes
         )
@@ -103,6 +111,22 @@ class Generate:
             model=self.model,
             tokenizer=self.tokenizer,
             config=self.config,
+            make=make_here if len(devices) == 1 else Shards(source, devices),
             progress=progress,
         )
         return summary | {"sheet": str(self.out / "sheet.png")}
+
+    def _devices(self, there: int) -> list[str]:
+        """What --gpus and --device ask for, where there are so many GPUs."""
+        from retinar.engine.device import find_device
+        from retinar.engine.errors import InputError
+
+        if self.gpus < 1:
+            raise InputError(f"gpus must be at least 1, got {self.gpus}; leave it out for one device")
+        if self.gpus == 1:
+            return [str(find_device(self.device))]
+        if self.device not in (None, "cuda"):
+            raise InputError(f"--gpus {self.gpus} uses cuda:0 and on, but --device is {self.device}; drop one of them")
+        if self.gpus > there:
+            raise InputError(f"expected {self.gpus} GPUs, found {there} in this machine; lower --gpus")
+        return [f"cuda:{number}" for number in range(self.gpus)]

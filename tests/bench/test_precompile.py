@@ -48,6 +48,13 @@ assert set(os.listdir(os.environ["TRITON_CACHE_DIR"])) == before, "the launch co
 
 
 @pytest.mark.skipif(triton_missing() is not None, reason="needs triton")
+def test_the_kernels_of_some_ops() -> None:
+    found = {job.kernel for job in precompile.jobs(90, ("cfg_sample", "swiglu"))}
+    assert {"cfg_sample", "swiglu_forward"} <= found and "linear" not in found
+    assert found < {job.kernel for job in precompile.jobs(90)}
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason="needs triton")
 def test_a_launch_finds_what_was_compiled_before(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", LOOKED_UP], env=environment, capture_output=True, text=True)

@@ -39,7 +39,7 @@ def test_the_readme_is_what_the_results_say() -> None:
 
 def test_without_a_gpus_result_every_target_is_not_measured() -> None:
     told = readme.section([])
-    assert told.count("not measured") == len(TARGETS)
+    assert told.split("Sampling with")[0].count("not measured") == len(TARGETS)
     for target in TARGETS:
         assert f"`{target.op}`" in told and target.what in told and target.wanted() in told
     assert ROTATED in told

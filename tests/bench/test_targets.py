@@ -32,16 +32,19 @@ def state(found: dict[str, Any], op: str, what: str = "") -> dict[str, Any]:
 
 
 def test_the_issues_targets_are_here() -> None:
-    wanted = {(each.op, each.what.split(",")[0], each.threshold) for each in TARGETS if each.percent}
+    kernels = [each for each in TARGETS if each.op != "sampling"]
+    wanted = {(each.op, each.what.split(",")[0], each.threshold) for each in kernels if each.unit == "%"}
     for op in ("rms_norm", "add_rms_norm", "swiglu"):
         assert {(op, "forward", 0.85), (op, "backward", 0.75)} <= wanted
-    others = {(each.op, each.threshold, each.least) for each in TARGETS if not each.percent}
+    others = {(each.op, each.threshold, each.least) for each in kernels if each.unit != "%"}
     assert others == {
         ("rope_attention", 1.0, True),
         ("rope_attention_dropout", 1.0, True),
         ("linear_cross_entropy", 0.25, False),
         ("linear_cross_entropy", 1.1, False),
     }
+    sampled = [(each.threshold, each.least, each.unit) for each in TARGETS if each.op == "sampling"]
+    assert sampled == [(1.5, False, "s"), (10.0, True, "x"), (0.6, True, "%"), (5.0, True, "x")]
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(1.0, "met"), (1 / 0.85, "met"), (1.25, "missed by 5 %")])

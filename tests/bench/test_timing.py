@@ -137,3 +137,5 @@ def test_a_deadline_is_shared_out() -> None:
     assert part.left == 0 and not part.fits() and whole.fits()
     now[0] = 200.0
     assert whole.left == 0 and whole.part(0.5).left == 0
+    assert Deadline(60.0).part(0.5, keep=40.0).seconds == pytest.approx(10, abs=0.1)
+    assert Deadline(60.0).part(0.5, keep=90.0).seconds == 0

@@ -124,7 +124,7 @@ def test_a_lost_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    one._still_there("swiglu (rows=1)")
+    one.still_there("swiglu (rows=1)")
     assert one.lost and one.wrong == [
         "the device was lost (CUDA error: an illegal memory access was encountered) after: swiglu (rows=1); the rest "
         "was not run"
@@ -179,7 +179,8 @@ task = training.make_task(training.step_config("cpu"), Path(sys.argv[1]) / "code
 assert task.step(0)["loss"] > 0
 run = whole.Run("cpu", Path(sys.argv[1]), whole.Deadline(9.0), exercise=True)
 run.engine()
-assert "needs the package PIL" in run.left_out[0], run.left_out
+run.sampling()
+assert ["needs the package PIL" in each for each in run.left_out] == [True, True], run.left_out
 assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
 raise SystemExit(code)
 """
@@ -208,4 +209,5 @@ def test_the_whole_exercise(tmp_path: Path) -> None:
     from retinar.kernels.spec import ALL_SPECS
 
     assert {row["name"] for row in content["rows"]} >= {spec.name for spec in ALL_SPECS} | {"sample", "decode"}
-    assert content["profile"]["missing"] == [] and content["minutes"] < 4
+    assert content["profile"]["missing"] == [] and content["minutes"] < 6
+    assert content["sampling"]["step"]["missing"] == [] and len(content["sampling"]["rows"]) == 6

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from retinar.commands.generate import Generate
@@ -104,6 +106,23 @@ def test_damage_of_every_kind_is_repaired(whole: tuple[Sampler, Path, dict[str, 
     assert tree(out) == files
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are finished in threads beside the decode loop, as on a GPU."""
+    monkeypatch.setattr("retinar.engine.sampler.default_workers", lambda device: 3)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("retinar-")]
+
+
+def test_threads_beside_the_loop_give_the_same_bytes(
+    whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, beside: None
+) -> None:
+    make(whole[0], tmp_path / "out", max_images=4)
+    assert tree(tmp_path / "out") == whole[2] and not threads()
+
+
 class Stop(SilentBar):
     """Ctrl-C after some codes."""
 
@@ -120,6 +139,18 @@ def test_ctrl_c_then_resume(whole: tuple[Sampler, Path, dict[str, bytes]], tmp_p
     assert "run.json" in there and "manifest.jsonl" not in there and 2 <= len(there) < 10
     summary = make(whole[0], tmp_path / "out")
     assert summary["kept"] == len(there) - 1 and tree(tmp_path / "out") == whole[2]
+
+
+def test_ctrl_c_with_threads_then_resume(
+    whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, beside: None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(whole[0], tmp_path / "out", max_images=2, progress=lambda label, total: Stop(label, total))
+    there = tree(tmp_path / "out")
+    assert "run.json" in there and "manifest.jsonl" not in there and len(there) < 10 and not threads()
+    assert all(there[name] == whole[2][name] for name in there)  # whole files and no others
+    assert make(whole[0], tmp_path / "out")["kept"] == len(there) - 1
+    assert tree(tmp_path / "out") == whole[2]
 
 
 SLOW = """
@@ -177,8 +208,6 @@ def test_another_run_in_the_folder_is_refused(
 def test_another_precision_is_another_run(
     whole: tuple[Sampler, Path, dict[str, bytes]], tiny_gpt: GPT, tiny_tokenizer: VQTokenizer
 ) -> None:
-    import torch
-
     other = Sampler(tiny_gpt, tiny_tokenizer, classes=("healthy", "npdr"), device="cpu", dtype=torch.bfloat16)
     with pytest.raises(InputError, match='its dtype is "float32", and "bfloat16"'):
         make(other, whole[1])
@@ -227,6 +256,28 @@ def test_a_full_disk_leaves_no_half_file(
         with pytest.raises(OSError, match="No space left"):
             make(whole[0], tmp_path / "out")
     assert len(tree(tmp_path / "out")) == 4  # run.json and three images
+    assert make(whole[0], tmp_path / "out")["kept"] == 3
+    assert tree(tmp_path / "out") == whole[2]
+
+
+def test_a_full_disk_found_by_a_thread(
+    whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: None
+) -> None:
+    flush, left = os.fsync, [4]
+
+    def failing(handle: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        flush(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match="No space left") as caught:
+            make(whole[0], tmp_path / "out", max_images=3)
+    assert caught.value.errno == 28 and not threads()
+    there = tree(tmp_path / "out")
+    assert sorted(there) == sorted(there.keys() & whole[2].keys()) and len(there) == 4
     assert make(whole[0], tmp_path / "out")["kept"] == 3
     assert tree(tmp_path / "out") == whole[2]
 
@@ -306,8 +357,6 @@ def test_reproduce_refuses_another_checkpoint(
 ) -> None:
     import copy
 
-    import torch
-
     from retinar.engine import checkpoint
 
     other = copy.deepcopy(tiny_gpt)
@@ -335,15 +384,69 @@ def test_the_command_defaults_to_every_class(tiny_checkpoint: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"count": 0}, "count"), ({"threads": 0}, "threads"), ({"top_p": 0.0}, "top-p"), ({"label": ["x"]}, "unknown")],
+    [
+        ({"count": 0}, "count"),
+        ({"threads": 0}, "threads"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"label": ["x"]}, "unknown"),
+        ({"max_images": 0}, "max-images must be at least 1, got 0"),
+        ({"gpus": 0}, "gpus must be at least 1, got 0"),
+        ({"gpus": -2}, "gpus must be at least 1, got -2"),
+        ({"gpus": 2}, "--gpus 2 uses cuda:0 and on, but --device is cpu"),
+        ({"gpus": 2, "device": "cuda:1"}, "but --device is cuda:1"),
+        ({"gpus": 99, "device": None}, r"expected 99 GPUs, found \d+ in this machine"),
+        ({"gpus": 99, "device": "cuda"}, "expected 99 GPUs"),
+    ],
     ids=str,
 )
 def test_the_command_refuses_at_the_door(
     tiny_checkpoint: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        Generate(model=tiny_checkpoint, out=tmp_path / "out", device="cpu", **settings).run(silent)
+        Generate(**({"model": tiny_checkpoint, "out": tmp_path / "out", "device": "cpu"} | settings)).run(silent)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_the_command_hands_on_what_was_asked_for(
+    gpus: int, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retinar.engine import shards
+    from retinar.engine.shards import Shards, Source
+
+    def generate_folder(sampler: Sampler, *_: Any, **settings: Any) -> dict[str, Any]:
+        given.update(settings)
+        return {}
+
+    def load(self: Source, device: str | None) -> Sampler:
+        loaded.append(device)
+        return Sampler.from_pretrained(self.model, device="cpu")
+
+    given: dict[str, Any] = {}
+    loaded: list[str | None] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr(generate, "generate_folder", generate_folder)
+    monkeypatch.setattr(shards.Source, "load", load)
+    command = Generate(model=tiny_checkpoint, out=tmp_path / "out", gpus=gpus, batch_invariant=True, dtype="bfloat16")
+    if gpus == 1:
+        command.device = "cpu"
+    command.run(silent)
+    source = Source(tiny_checkpoint, dtype=torch.bfloat16, batch_invariant=True)
+    devices = [f"cuda:{number}" for number in range(gpus)]
+    assert given["make"] == (generate.make_here if gpus == 1 else Shards(source, devices))
+    assert loaded == (["cpu"] if gpus == 1 else ["cuda:0"])
+    assert given["max_images"] is None
+
+
+def test_the_commands_flags_reach_the_provenance(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    line = {"model": tiny_checkpoint, "count": 1, "label": ["npdr"], "device": "cpu"}
+    for name, flags in {"plain": {}, "half": {"dtype": "bfloat16"}, "invariant": {"batch_invariant": True}}.items():
+        Generate(**line, **flags, out=tmp_path / name).run(silent)
+    images_of = {path.parts[-4]: path for path in tmp_path.glob("*/images/npdr/000000.png")}
+    assert Image.open(images_of["plain"]).info["dtype"] == "float32"  # a CPU's default
+    assert Image.open(images_of["half"]).info["dtype"] == "bfloat16"
+    assert images_of["plain"].read_bytes() == images_of["invariant"].read_bytes()  # always so on a CPU
+    assert Reproduce(images_of["half"]).run(silent)["equal"]
 
 
 def test_bars_are_bars() -> None:

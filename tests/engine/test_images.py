@@ -43,6 +43,14 @@ def test_channels_and_rows_keep_their_place() -> None:
     assert pixels_HWC[1, 0].tolist() == [0, 0, 255] and int(pixels_HWC.sum()) == 255
 
 
+def test_a_batch_is_its_images() -> None:
+    images_BCHW = torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    pixels_BHWC = images.to_bytes(images_BCHW)
+    assert pixels_BHWC.shape == (5, 4, 6, 3) and pixels_BHWC.flags.c_contiguous
+    for pixels_HWC, image_CHW in zip(pixels_BHWC, images_BCHW, strict=True):
+        assert np.array_equal(pixels_HWC, images.to_bytes(image_CHW))
+
+
 def test_provenance_there_and_back(tmp_path: Path) -> None:
     image, codes_T, pixels_HWC = made()
     images.save_png(image, tmp_path / "a.png")

@@ -89,18 +89,19 @@ def test_no_pages_is_refused(pages: int) -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 1024])
 def test_shape_and_bytes(dtype: torch.dtype, page_size: int) -> None:
     cache = KVCache(CONFIG, pages=3, page_size=page_size, dtype=dtype, device=CPU)
-    assert cache.k_LPSGD.shape == cache.v_LPSGD.shape == (2, 3, page_size, 2, 16)
+    assert cache.k_LPSGD.shape == cache.v_LPSGD.shape == (2, 4, page_size, 2, 16)  # one is scratch
+    assert cache.scratch_page == cache.pages == 3
     assert cache.k_LPSGD.dtype == dtype
-    assert cache.k_LPSGD.nbytes + cache.v_LPSGD.nbytes == 3 * page_bytes(CONFIG, page_size, dtype)
+    assert cache.k_LPSGD.nbytes + cache.v_LPSGD.nbytes == 4 * page_bytes(CONFIG, page_size, dtype)
 
 
 def test_pool_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     one = page_bytes(CONFIG, 16, torch.float32)
     monkeypatch.setattr(kv_cache, "free_memory", lambda device: 20 * one)  # half of it may be used
     assert pool_pages(4, 3, CONFIG, 16, torch.float32, CPU) == 4
-    assert pool_pages(64, 3, CONFIG, 16, torch.float32, CPU) == 10
+    assert pool_pages(64, 3, CONFIG, 16, torch.float32, CPU) == 9  # and the scratch page
     with pytest.raises(InputError, match=r"one image needs .* MiB of KV cache .* MiB free"):
-        pool_pages(64, 11, CONFIG, 16, torch.float32, CPU)
+        pool_pages(64, 10, CONFIG, 16, torch.float32, CPU)
 
 
 def test_free_memory_is_plausible() -> None:

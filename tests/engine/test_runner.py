@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from retinar.engine.config import GPTConfig
 from retinar.engine.kv_cache import KVCache
 from retinar.engine.model import GPT
 from retinar.engine.request import Request, SamplingParams, make_request
-from retinar.engine.runner import DecodeLoop, EagerRunner, StepBatch
+from retinar.engine.runner import DecodeLoop, EagerRunner
 from retinar.engine.sampler import Sampler
 from retinar.engine.scheduler import Scheduler
+from retinar.engine.step_batch import StepBatch, step_buffers
 from retinar.kernels import ops
 
 CPU = torch.device("cpu")
@@ -132,7 +136,7 @@ def test_step_inputs_are_what_the_scheduler_says(tiny_gpt: GPT) -> None:
     for request in MIXED[:4]:
         scheduler.submit(request)
     scheduler.admit()
-    batch = StepBatch(tiny_gpt.config, 16, 4, CPU)
+    batch = StepBatch(tiny_gpt.config, step_buffers(tiny_gpt.config, 16, 60, 4, CPU))
     batch.rebuild(scheduler.live, null_class=2)
     inputs = batch.inputs
     assert inputs.tokens_B.tolist() == [0, 1, 0, 1, 2, 2, 2]  # four labels, the null class of three
@@ -158,7 +162,7 @@ def test_a_rebuild_in_flight_keeps_codes_and_addresses(tiny_gpt: GPT) -> None:
     for request in MIXED[:2]:
         scheduler.submit(request)
     scheduler.admit()
-    batch = StepBatch(tiny_gpt.config, 16, 4, CPU)
+    batch = StepBatch(tiny_gpt.config, step_buffers(tiny_gpt.config, 16, 60, 4, CPU))
     batch.rebuild(scheduler.live, null_class=2)
     address = [tensor.data_ptr() for tensor in batch.inputs]
     for code in (20, 30):
@@ -173,11 +177,36 @@ def test_a_rebuild_in_flight_keeps_codes_and_addresses(tiny_gpt: GPT) -> None:
     assert batch.take(scheduler.live[1].slot)[:2].tolist() == [21, 31]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 7), max_size=6), st.integers(0, 12), st.integers(0, 3))
+def test_what_lies_behind_the_live_rows_is_padding(gone: list[int], steps: int, late: int) -> None:
+    """After any arrivals, steps and cancellations: rows that a padded step runs must touch nobody's pages."""
+    config = GPTConfig(n_layer=1, n_head=1, dim=4, multiple_of=4, vocab_size=8, num_classes=2, grid=3)
+    scheduler = Scheduler(9, 4, 30, max_images=4)
+    buffers, padding = (step_buffers(config, 4, 30, 4, CPU) for _ in range(2))
+    batch = StepBatch(config, buffers)
+    for request in MIXED[: 8 - late]:
+        scheduler.submit(request)
+    for step in range(steps):
+        scheduler.admit()
+        batch.rebuild(scheduler.live, null_class=2)
+        rows, images = len(batch.inputs.tokens_B), len(scheduler.live)
+        for name, tensor in buffers._asdict().items():
+            used = images if name.endswith("_I") else rows
+            assert torch.equal(tensor[used:], getattr(padding, name)[used:]), name
+        owned = {page for image in scheduler.live for page in (*image.cond_pages, *image.null_pages)}
+        assert set(batch.inputs.block_table_BM.flatten().tolist()) <= owned | {30}
+        batch.record(torch.zeros(images, dtype=torch.int64))
+        scheduler.advance()
+        for ticket in gone[step : step + 1]:
+            scheduler.cancel(ticket)
+
+
 def test_top_k_of_all_codes_is_off(tiny_gpt: GPT) -> None:
     scheduler = Scheduler(36, 16, 60, max_images=1)
     scheduler.submit(make_request(0, 0, SamplingParams(top_k=64)))
     scheduler.admit()
-    batch = StepBatch(tiny_gpt.config, 16, 1, CPU)
+    batch = StepBatch(tiny_gpt.config, step_buffers(tiny_gpt.config, 16, 60, 1, CPU))
     batch.rebuild(scheduler.live, null_class=2)
     assert batch.inputs.top_k_I.tolist() == [0]
 

@@ -148,6 +148,28 @@ def test_changed_tells_when_the_rows_change() -> None:
     assert scheduler.changed
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 20))
+def test_nothing_changes_while_it_is_quiet(arrivals: list[Request], max_images: int, spare: int) -> None:
+    """Advancing by whole quiet stretches goes through the same sets of rows as advancing step by step."""
+    pages = max(pages_needed(r, BLOCK, 2) for r in arrivals) + spare
+    one_by_one, in_leaps = (Scheduler(BLOCK, 2, pages, max_images) for _ in range(2))
+    for each in arrivals:
+        one_by_one.submit(each)
+        in_leaps.submit(each)
+    sets = []
+    for step in run(one_by_one):
+        rows = [(ticket, guided) for ticket, _, guided in step]
+        sets += [rows] if not sets or sets[-1] != rows else []
+    leaps = []
+    assert in_leaps.quiet == 0
+    while in_leaps.busy:
+        in_leaps.admit()
+        leaps.append([(image.ticket, image.guided) for image in in_leaps.live])
+        in_leaps.advance(in_leaps.quiet)
+    assert leaps == sets
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_cancel_releases_pages(live: bool) -> None:
     scheduler = Scheduler(BLOCK, 4, 10, max_images=4)

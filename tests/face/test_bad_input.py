@@ -135,6 +135,7 @@ def test_unknown_recipe_and_key(shell: Shell, world: World, tmp_path: Path) -> N
         *(("--top-p", value) for value in ("0", "1.5")),
         *((flag, "0") for flag in ("--page-size", "--max-images")),
         *((flag, "-1") for flag in ("--top-k", "--seed")),
+        *(("--gpus", value) for value in ("0", "-1", "99")),
     ],
 )
 def test_numbers_out_of_range(flag: str, value: str, shell: Shell, world: World, tmp_path: Path) -> None:
