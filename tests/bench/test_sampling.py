@@ -153,7 +153,7 @@ def test_without_a_checked_step_ours_has_no_speed(tmp_path: Path) -> None:
 
 
 def test_too_small_a_cache_is_absent_and_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retinar.engine.sampler.pool_pages", lambda wanted, least, *_: least)
+    monkeypatch.setattr("retinar.engine.decoding.pool_pages", lambda wanted, least, *_: least)
     one = bench(tmp_path)
     one.gpt = make_gpt(SIZE, "cpu")
     for job in one.jobs():
