@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
-from retinar.bench import checks_whole
+from retinar.bench import checks_decoding, checks_whole
 from retinar.bench.cases import DTYPES
 from retinar.bench.checks import Trial, first_line, name_of, runnable
 from retinar.bench.checks import check as check_trial
 from retinar.bench.deadline import Deadline
 from retinar.bench.ops import dtype_of, specs
+from retinar.bench.steps import DECODE_STEP
 from retinar.kernels.spec import Case, OpSpec
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ TYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 SAMPLING = "sampling"
 """What ``only`` is for sampling alone."""
-SAMPLED = ("decode_step", "cfg_sample")
-"""The specs that have to be right for a speed of sampling: all that a step is made of is in them."""
+SAMPLED = ("linear", "paged_attention", "cfg_sample", "decode_step")
+"""The specs that have to be right for a speed of sampling: what a step is made of, and the step."""
+REPLAY = ("graphs", "triton")
+"""In ``passed``: the runner's graphs draw the codes that they should (`checks_decoding`)."""
 
 
 def chosen(only: str | None) -> list[OpSpec]:
@@ -35,6 +38,7 @@ def chosen(only: str | None) -> list[OpSpec]:
 def unchecked(passed: Collection[tuple[str, str]], device: str, dtype: torch.dtype) -> str | None:
     """Why no speed of sampling is reported: what a step is made of was not found right on this device. None: it was."""
     needed = [(spec.name, each) for spec in chosen(SAMPLING) for each in runnable(spec, device, dtype)]
+    needed += [REPLAY] if ("decode_step", "triton") in needed else []
     missing = [f"{name} ({backend})" for name, backend in needed if (name, backend) not in passed]
     return f"wrong on this device, or not checked: {', '.join(missing)}" if missing else None
 
@@ -86,24 +90,34 @@ def _check(
 def _cases(run: Run, spec: OpSpec, dtype: torch.dtype) -> tuple[Case, ...]:
     """All; of the exercise the smallest but the first, which is of size one: two in the dtype that is timed."""
     if not run.exercise:
-        return spec.cases
+        return spec.cases + (spec.device_cases if run.device == "cuda" else ())
     return tuple(sorted(spec.cases[1:], key=spec.flops)[: 2 if dtype == dtype_of(spec, run.size) else 1])
 
 
 def _check_whole(run: Run, dtype: torch.dtype) -> None:
+    if run.only in (None, SAMPLING) and "triton" in runnable(DECODE_STEP, run.device, dtype):
+        right = [_job(run, job) for job in checks_decoding.jobs(run.device, dtype)]
+        if all(right):
+            run.passed.add(REPLAY)
     for job in checks_whole.jobs(run.device, dtype, run.only):
-        if run.lost:
-            return
         if isinstance(job, str):
             run.left_out.append(job)
-            continue
-        try:
-            wrong = job()
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {first_line(error)}"
-        run.checked += 1
-        if wrong is not None:
-            run.wrong.append(wrong)
-            run.still_there(wrong)
-        if run.device == "cuda":
-            torch.cuda.empty_cache()
+        else:
+            _job(run, job)
+
+
+def _job(run: Run, job: Callable[[], str | None]) -> bool:
+    """Whether a check found nothing wrong."""
+    if run.lost:
+        return False
+    try:
+        wrong = job()
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {first_line(error)}"
+    run.checked += 1
+    if wrong is not None:
+        run.wrong.append(wrong)
+        run.still_there(wrong)
+    if run.device == "cuda" and not run.lost:
+        torch.cuda.empty_cache()
+    return wrong is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from retinar.engine.config import GPTConfig
@@ -51,11 +51,3 @@ def buckets_of(
         found.add(bucket_of(len(scheduler.live), len(scheduler.live) + guided, most))
         scheduler.advance(scheduler.quiet)
     return found
-
-
-def full_range(max_images: int) -> Iterator[Bucket]:
-    """Every bucket that any mixture of up to ``max_images`` images can go through: what a server prepares."""
-    for images in sizes(max_images):
-        least = next((size for size in reversed(sizes(max_images)) if size < images), 0) + 1
-        rows = {bucket_of(images, each, max_images).rows for each in range(least, 2 * images + 1)}
-        yield from (Bucket(images, each) for each in sorted(rows))

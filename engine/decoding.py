@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,6 +21,27 @@ from retinar.engine.scheduler import check_fits, pages_needed
 from retinar.kernels import ops
 
 
+class Asked(NamedTuple):
+    """What a runner was made for; ``wanted`` pages where ``pages`` does not say how many."""
+
+    page_size: int
+    pages: int | None
+    wanted: int
+    images: int
+
+    def covers(self, other: Asked) -> bool:
+        """Whether that runner serves another call, and need not be warmed up again."""
+        same = (self.page_size, self.pages) == (other.page_size, other.pages)
+        return same and self.wanted >= other.wanted and self.images >= other.images
+
+
+def check_limits(max_images: int, page_size: int, pages: int | None) -> None:
+    """InputError for limits out of range."""
+    check_pool(page_size, pages)
+    if max_images < 1:
+        raise InputError(f"max-images must be at least 1, got {max_images}; try 16")
+
+
 class Decoding:
     """A transformer's weights in ``dtype`` on ``device``, ready for decode loops.
 
@@ -32,6 +55,7 @@ class Decoding:
         self.backend, self.batch_invariant = backend, batch_invariant
         self._weights: ops.DecodeWeights | None = gpt.to(device).decode_weights(dtype)
         self._idle: EagerRunner | GraphRunner | None = None
+        self._asked: WeakKeyDictionary[EagerRunner | GraphRunner, Asked] = WeakKeyDictionary()
 
     @property
     def weights(self) -> ops.DecodeWeights:
@@ -54,10 +78,8 @@ class Decoding:
 
     def plan(self, requests: Sequence[Request], *, max_images: int, page_size: int, pages: int | None = None) -> int:
         """Pages of the pool for these requests. InputError when one image cannot fit, or a limit is out of range."""
-        check_pool(page_size, pages)
-        if max_images < 1:
-            raise InputError(f"max-images must be at least 1, got {max_images}; try 16")
-        most = max(pages_needed(request, self.config.block_size, page_size) for request in requests)
+        check_limits(max_images, page_size, pages)
+        most = self._most(requests, page_size)
         if pages is None:
             wanted = most * min(max_images, len(requests))
             return pool_pages(wanted, most, self.config, page_size, self.dtype, self.device)
@@ -73,23 +95,30 @@ class Decoding:
         pages: int | None = None,
         progress: Progress = silent,
     ) -> DecodeLoop:
-        """A loop over a cache that fits these requests, nothing submitted yet. Errors as `plan`."""
-        kept, self._idle = self._idle, None
+        """A loop over a cache that fits these requests, nothing submitted yet. Errors as `plan`.
+
+        A runner that `keep` got back serves this call too where it can, for it may have cost a warm-up.
+        """
+        check_limits(max_images, page_size, pages)
         wanted = min(max_images, len(requests))
-        if kept is not None and self._serves(kept, requests, max_images, page_size, pages):
-            runner, pages = kept, kept.cache.pages
-        else:
-            kept = None  # its cache is freed before free memory is asked for, and the next one made
-            pages = self.plan(requests, max_images=max_images, page_size=page_size, pages=pages)
-            cache = KVCache(self.config, pages=pages, page_size=page_size, dtype=self.dtype, device=self.device)
+        # What was asked for, not what came of it: where memory is short a pool is smaller, and will be again.
+        most = self._most(requests, page_size)
+        asked = Asked(page_size, pages, most * wanted, wanted)
+        runner, self._idle = self._idle, None  # nobody else's until `keep`
+        if runner is None or not self._asked[runner].covers(asked) or runner.cache.pages < most:
+            runner = None  # its cache is freed before free memory is asked for, and the next one made
+            planned = self.plan(requests, max_images=max_images, page_size=page_size, pages=pages)
+            cache = KVCache(self.config, pages=planned, page_size=page_size, dtype=self.dtype, device=self.device)
             runner = self._runner(cache, wanted)
+            self._asked[runner] = asked
+        loop = DecodeLoop(runner, wanted)  # which clears the runner's inputs
         if isinstance(runner, GraphRunner):
-            limits = {"page_size": page_size, "pages": pages, "max_images": wanted}
+            limits = {"page_size": page_size, "pages": runner.cache.pages, "max_images": wanted}
             runner.warm_up(buckets_of(requests, self.config, **limits, most=runner.max_images), progress)
-        return DecodeLoop(runner, wanted)
+        return loop
 
     def keep(self, loop: DecodeLoop) -> None:
-        """A loop that is done: its runner serves the next one, for it may have cost a warm-up."""
+        """Takes back the runner of a loop that is done."""
         if isinstance(loop.runner, EagerRunner | GraphRunner):
             self._idle = loop.runner
 
@@ -107,17 +136,5 @@ class Decoding:
             self.weights, self.config, cache, max_images, backend=self.backend, batch_invariant=self.batch_invariant
         )
 
-    def _serves(
-        self,
-        runner: EagerRunner | GraphRunner,
-        requests: Sequence[Request],
-        max_images: int,
-        page_size: int,
-        pages: int | None,
-    ) -> bool:
-        """Whether a runner of an earlier call does for these requests and limits."""
-        most = max(pages_needed(request, self.config.block_size, page_size) for request in requests)
-        wanted = min(max_images, len(requests))
-        enough = runner.cache.pages == pages if pages is not None else runner.cache.pages >= most * wanted
-        room = not isinstance(runner, GraphRunner) or runner.max_images >= wanted
-        return max_images > 0 and runner.cache.page_size == page_size and enough and room
+    def _most(self, requests: Sequence[Request], page_size: int) -> int:
+        return max(pages_needed(request, self.config.block_size, page_size) for request in requests)

@@ -1,6 +1,6 @@
 """The runner of a GPU: one CUDA graph for each bucket of batch sizes, holding the whole step with the sampler.
 
-A step of GPT-XL is some two hundred and thirty small kernels; launched one by one from Python they would take longer
+A step of GPT-XL is 219 small kernels; launched one by one from Python they would take longer
 than they run. A graph is launched whole, but for fixed sizes and addresses: steps are padded to the next bucket, and
 their inputs lie in buffers that are allocated once. Where there is no GPU the same code runs the padded steps directly.
 """
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     """A step of one bucket: its results are overwritten by every replay. ``graph`` is None where there is no GPU."""
 
     inputs: ops.StepInputs
-    backend: str | None
+    backend: str
     codes_I: Tensor | None = None
     logits_BV: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
@@ -67,7 +67,9 @@ class GraphRunner:
         self.logits_BV: Tensor | None = None
         self._inputs = step_buffers(config, cache.page_size, cache.scratch_page, max_images, self.device)
         self._steps: dict[Bucket, Step] = {}
+        # One pool and one stream for all captures: torch's memory belongs to a stream, and is shared within it alone.
         self._pool: Any = None  # torch's handle; its type has no public name
+        self._side: torch.cuda.Stream | None = None
         self._queued: deque[torch.cuda.Event] = deque()
 
     def buffers(self, max_images: int) -> ops.StepInputs:
@@ -118,10 +120,11 @@ class GraphRunner:
         )
         return step._replace(codes_I=codes_I, logits_BV=logits_BV)
 
-    def _backend(self, bucket: Bucket) -> str | None:
-        if self.backend is not None or self.batch_invariant or bucket.rows <= FEW_ROWS:
+    def _backend(self, bucket: Bucket) -> str:
+        if self.backend is not None:
             return self.backend
-        return "blas" if ops.backends("decode_step")["blas"] is None else None
+        # by name, so that a model that they do not take is refused with the reason: the reference cannot be captured
+        return "triton" if self.batch_invariant or bucket.rows <= FEW_ROWS else "blas"
 
     @torch.inference_mode()
     def _prepare(self, bucket: Bucket) -> Step:
@@ -138,16 +141,20 @@ class GraphRunner:
     def _captured(self, step: Step) -> Step:
         with torch.cuda.device(self.device):
             before = self._free_bytes()
-            side = torch.cuda.Stream()
+            self._side = side = self._side or torch.cuda.Stream()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._run(step)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            # cuBLAS keeps a workspace a stream, which others may free and a graph would go on writing to: it makes a
+            # new one during the capture, out of the graph's own memory, and forgets it after.
+            torch._C._cuda_clearCublasWorkspaces()
             # thread_local: another thread, which decodes images, may allocate memory meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 step = self._run(step)
+            torch._C._cuda_clearCublasWorkspaces()
             assert self.graph_bytes is not None
             self.graph_bytes += max(0, before - self._free_bytes())
         return step._replace(graph=graph)

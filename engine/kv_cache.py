@@ -118,6 +118,7 @@ def pool_pages(
 def free_memory(device: torch.device) -> int:
     """Bytes free now: the GPU's, or the system's available memory within the control group's limit."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks that torch keeps for later, and the pools of graphs that are gone
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

@@ -14,6 +14,8 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ def implementation(runner: str, backend: str, isa: str | None, device: torch.dev
     """
     found: dict[str, Any] = {"runner": runner, "backend": backend, "device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        found |= {"cudnn": torch.backends.cudnn.version(), "triton": version("triton") if find_spec("triton") else None}
     else:
         found |= {"isa": isa, "torch_isa": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     return found

@@ -39,8 +39,8 @@ class Sampler:
     ``digest`` and ``tokenizer_digest`` identify the files for the provenance.
 
     ``batch_invariant``: bits do not depend on what is made at the same time, which on a CPU always holds. On a GPU it
-    costs speed (the README has figures): without it products of many rows are torch's, whose sums depend on the number
-    of rows, and images are decoded in batches.
+    costs speed (`make gpu` measures how much): without it products of many rows are torch's, whose sums depend on the
+    number of rows, and images are decoded in batches.
     """
 
     def __init__(
@@ -209,7 +209,9 @@ class Sampler:
         return 64 if self.device.type == "cuda" else 16
 
     def unload(self) -> None:
-        """Free the device's memory: the sampler still knows what it is and plans, but makes nothing more."""
+        """Free the device's memory, the tokenizer's own included: the sampler still knows what it is and plans, but
+        makes nothing more.
+        """
         self.decoding.unload()
         if self.tokenizer is not None:
             self.tokenizer.to("meta")

@@ -31,6 +31,8 @@ class OpSpec:
     Attributes:
         name: of the public function and of ``ops.backends``.
         cases: named sizes to try; odd, prime and size-1 ones among them.
+        device_cases: more of them, too large for Triton's interpreter: sizes whose binaries and loops the small ones do
+            not reach. `retinar.bench` checks them on a GPU.
         dtypes: floating dtypes of the inputs. Integer results are compared bit by bit, others within the budget.
         inputs: (case, dtype, generator) -> arguments on the CPU; floating ones carry the dtype.
         run: (arguments, backend) -> results of the public function. Caches that it writes are results too.
@@ -61,6 +63,7 @@ class OpSpec:
     gradients: tuple[str, ...] = ()
     truth: Callable[[Inputs], tuple[Tensor, ...]] | None = None
     narrow: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+    device_cases: tuple[Case, ...] = ()
     budget: ErrorBudget = ErrorBudget()
 
 

@@ -24,6 +24,14 @@ CASES: tuple[Case, ...] = (
     {"rows": 7, "inner": 72, "outer": 40, "residual": 1},
     {"rows": 3, "inner": 20, "outer": 33, "norm": 1, "residual": 1},
 )
+#: The products of a GPT-XL step: every tile of the wide weights, with its pipeline full.
+DEVICE_CASES: tuple[Case, ...] = (
+    {"rows": 65, "inner": 1280, "outer": 3840, "norm": 1},
+    {"rows": 3, "inner": 1280, "outer": 1280, "residual": 1},
+    {"rows": 65, "inner": 1280, "outer": 7168, "norm": 1, "gate": 1},
+    {"rows": 3, "inner": 3584, "outer": 1280, "residual": 1},
+    {"rows": 65, "inner": 1280, "outer": 16384, "norm": 1, "wide": 1},
+)
 EPS = 1e-5
 
 
@@ -63,6 +71,7 @@ def _bytes(c: Case, size: int) -> int:
 LINEAR = OpSpec(
     name="linear",
     cases=CASES,
+    device_cases=DEVICE_CASES,
     dtypes=FLOATS,
     inputs=_inputs,
     run=_run,

@@ -18,6 +18,8 @@ CASES = (
     {"batch": 2, "heads": 2, "groups": 2, "dim": 128, "page": 32, "position": 140},
     {"batch": 1, "heads": 4, "groups": 2, "dim": 32, "page": 16, "position": 270},
 )
+#: Rows of GPT-XL's heads that end in their last split of several.
+DEVICE_CASES = ({"batch": 3, "heads": 20, "groups": 20, "dim": 64, "page": 256, "position": 1000},)
 
 
 def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -90,6 +92,7 @@ def _bytes(case: Case, size: int) -> int:
 PAGED_ATTENTION = OpSpec(
     name="paged_attention",
     cases=CASES,
+    device_cases=DEVICE_CASES,
     dtypes=FLOATS,
     inputs=_inputs,
     run=_run,

@@ -142,7 +142,8 @@ def test_a_baseline_that_fails_is_absent_and_ours_is_wrong(tmp_path: Path, monke
 
 def test_without_a_checked_step_ours_has_no_speed(tmp_path: Path) -> None:
     every = {(spec.name, "reference") for spec in check_phase.chosen("sampling")}
-    assert {name for name, _ in every} == {"decode_step", "cfg_sample"}
+    every |= {("paged_attention", "sdpa")}
+    assert {name for name, _ in every} == {"linear", "paged_attention", "cfg_sample", "decode_step"}
     assert check_phase.unchecked(every, "cpu", torch.float32) is None
     reason = check_phase.unchecked(every - {("decode_step", "reference")}, "cpu", torch.float32)
     assert reason == "wrong on this device, or not checked: decode_step (reference)"

@@ -31,7 +31,7 @@ def state(found: dict[str, Any], op: str, what: str = "") -> dict[str, Any]:
     return one
 
 
-def test_the_issues_targets_are_here() -> None:
+def test_every_target_is_here() -> None:
     kernels = [each for each in TARGETS if each.op != "sampling"]
     wanted = {(each.op, each.what.split(",")[0], each.threshold) for each in kernels if each.unit == "%"}
     for op in ("rms_norm", "add_rms_norm", "swiglu"):

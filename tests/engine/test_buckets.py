@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retinar.engine.buckets import BLOCK, Bucket, bucket_of, buckets_of, full_range, sizes
+from retinar.engine.buckets import BLOCK, Bucket, bucket_of, buckets_of, sizes
 from retinar.engine.config import GPTConfig
 from retinar.engine.request import Request, SamplingParams, make_request
 from retinar.engine.scheduler import Scheduler, pages_needed
@@ -32,13 +31,6 @@ def test_a_bucket_is_the_smallest_that_holds_the_step(most: int, data: st.DataOb
     assert found.images >= images and found.rows >= rows
     assert not [each for each in sizes(most) if images <= each < found.images]
     assert not [each for each in sizes(2 * most) if rows <= each < found.rows]
-
-
-@pytest.mark.parametrize("most", [1, 2, 5, 16, 64, 100])
-def test_a_server_prepares_all_there_is(most: int) -> None:
-    every = {bucket_of(i, r, most) for i in range(1, most + 1) for r in range(i, 2 * i + 1)}
-    assert set(full_range(most)) == every
-    assert len(list(full_range(most))) == len(every) <= 3 * len(sizes(2 * most))
 
 
 kinds = st.builds(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retinar.engine import graphs
-from retinar.engine.buckets import Bucket, bucket_of, full_range
+from retinar.engine.buckets import Bucket, bucket_of
 from retinar.engine.config import GPTConfig
 from retinar.engine.graphs import AHEAD, FEW_ROWS, GraphRunner, Step
 from retinar.engine.kv_cache import KVCache
@@ -110,15 +110,14 @@ def test_a_new_loop_finds_padding_only(tiny_gpt: GPT) -> None:
 @pytest.mark.parametrize(
     ("options", "few", "many"),
     [
-        ({"backend": None}, None, "blas"),
-        ({"backend": None, "batch_invariant": True}, None, None),
+        ({"backend": None}, "triton", "blas"),
+        ({"backend": None, "batch_invariant": True}, "triton", "triton"),
         ({"backend": "triton"}, "triton", "triton"),
     ],
 )
 def test_many_rows_are_multiplied_by_torch_unless_bits_must_hold(
-    tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch, options: dict, few: str | None, many: str | None
+    tiny_gpt: GPT, options: dict, few: str, many: str
 ) -> None:
-    monkeypatch.setattr(graphs.ops, "backends", lambda op: {"triton": None, "blas": None, "reference": None})
     runner = make_runner(tiny_gpt, **options)
     assert runner._backend(Bucket(64, FEW_ROWS)) == few
     assert runner._backend(Bucket(65, FEW_ROWS + 1)) == many
@@ -136,6 +135,8 @@ class Card:
         self.capturing: Any = None
         self.queued = self.longest = 0
         self.free = 10_000
+        self.streams: list[Any] = []
+        self.workspaces = 0
         runner._run = self._run  # type: ignore[method-assign]
         runner.device = torch.device("cuda", 0)
         runner.graph_bytes = 0
@@ -145,6 +146,7 @@ class Card:
         done = self.run(step)
         if self.capturing is None:
             self.ran.append(bucket)
+            self.workspaces += 1
         else:
             self.capturing.step, self.capturing.bucket = done, bucket
         return done
@@ -159,13 +161,23 @@ class Card:
 
     @contextlib.contextmanager
     def capture(self, graph: Any, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert stream is self.streams[0] and len(self.streams) == 1, "memory is shared within one stream alone"
+        assert self.workspaces == 0, "a workspace from outside would be baked into the graph"
         assert capture_error_mode == "thread_local", "a decoding thread that allocates would end the capture"
         self.pools.add(pool)
         self.capturing = graph
         yield
+        self.workspaces += 1
         self.captured.append(graph.bucket)
         self.capturing = None
         self.free -= 100
+
+    def new_stream(self) -> Any:
+        self.streams.append(SimpleNamespace(wait_stream=lambda other: None))
+        return self.streams[-1]
+
+    def cleared(self) -> None:
+        self.workspaces = 0
 
     def event_over(self) -> None:
         self.queued -= 1
@@ -180,11 +192,12 @@ def card(tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> Card:
             made.replay(self)
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(graphs.torch._C, "_cuda_clearCublasWorkspaces", made.cleared, raising=False)
     stand_ins = {
         "CUDAGraph": Graph,
         "graph": made.capture,
         "graph_pool_handle": object,
-        "Stream": lambda: stream,
+        "Stream": made.new_stream,
         "current_stream": lambda device=None: stream,
         "stream": lambda each: contextlib.nullcontext(),
         "device": lambda each: contextlib.nullcontext(),
@@ -229,7 +242,7 @@ def test_warm_up_prepares_the_largest_first_and_shows_it(card: Card) -> None:
         bars.append(SilentBar(label, total))
         return bars[-1]
 
-    wanted = set(full_range(5))
+    wanted = {bucket_of(images, rows, 5) for images in range(1, 6) for rows in range(images, 2 * images + 1)}
     card.runner.warm_up(wanted, progress)
     assert set(card.captured) == wanted and card.captured[0] == Bucket(5, 10)
     assert [each.rows for each in card.captured] == sorted((each.rows for each in wanted), reverse=True)
