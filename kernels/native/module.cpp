@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "native/binding.h"
 #include "native/isa.h"
 #include "rms_norm/cpu.h"
 
@@ -19,10 +20,12 @@ using retinar::Isa;
 
 namespace {
 
-using Input = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
-using Output = nb::ndarray<nb::device::cpu, nb::c_contig>;
+using retinar::binding::Input;
+using retinar::binding::Output;
+using retinar::binding::choose;
+using retinar::binding::is_bfloat16;
 
-constexpr Isa all[] = {Isa::portable, Isa::avx2, Isa::avx512};
+constexpr Isa all[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 const char* name(Isa isa) { return retinar::names[static_cast<int>(isa)]; }
 
@@ -34,7 +37,9 @@ std::vector<std::string> runnable() {
   return found;
 }
 
-Isa choose(const std::optional<std::string>& wanted) {
+}  // namespace
+
+Isa retinar::binding::choose(const std::optional<std::string>& wanted) {
   if (!wanted) {
     static const Isa best = retinar::best();
     return best;
@@ -45,9 +50,7 @@ Isa choose(const std::optional<std::string>& wanted) {
   throw std::invalid_argument("instruction set " + *wanted + " is unknown or does not run on this processor");
 }
 
-bool is_bfloat16(nb::dlpack::dtype type) {
-  return type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16 && type.lanes == 1;
-}
+namespace {
 
 void rms_norm(const Input& x, const Input& weight, const Output& out, float eps,
               const std::optional<std::string>& isa) {
@@ -79,4 +82,5 @@ NB_MODULE(_native, module) {
   module.def("isas", &runnable, "The instruction sets that this processor can run.");
   module.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(), "eps"_a,
              "isa"_a.none() = nb::none(), "RMSNorm forward into out; isa names one instruction set.");
+  retinar::binding::decode_step(module);
 }

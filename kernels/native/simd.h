@@ -54,7 +54,18 @@ struct Vec {
 inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+// a * 2^n for whole numbers n from -126 to 127.
+inline Vec scale(Vec a, Vec n) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(exponent))};
+}
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 
@@ -82,7 +93,17 @@ struct Vec {
 inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+inline Vec scale(Vec a, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
+}
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 
@@ -125,6 +146,45 @@ inline Vec operator+(Vec a, Vec b) {
   return a;
 }
 
+inline Vec operator-(Vec a, Vec b) {
+  for (int i = 0; i < Vec::width; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+
+inline Vec operator/(Vec a, Vec b) {
+  for (int i = 0; i < Vec::width; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+
+inline Vec max(Vec a, Vec b) {
+  for (int i = 0; i < Vec::width; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+
+inline Vec min(Vec a, Vec b) {
+  for (int i = 0; i < Vec::width; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+
+// To nearest, ties to even, for magnitudes below 2^22: adding 1.5 * 2^23 leaves no room for a fraction.
+inline Vec round(Vec a) {
+  for (float& lane : a.v) {
+    volatile float shifted = lane + 12582912.0f;
+    lane = shifted - 12582912.0f;
+  }
+  return a;
+}
+
+inline Vec scale(Vec a, Vec n) {
+  for (int i = 0; i < Vec::width; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(n.v[i]) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    a.v[i] *= power;
+  }
+  return a;
+}
+
 // Two roundings: a fused one would be a library call on processors without the instruction.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
@@ -142,6 +202,86 @@ inline void store(T* p, Vec a) {
 
 #endif
 
+// Products of bfloat16 weights, two neighbours in k at a time: a column's weights lie in pairs. With the processor's own
+// instruction the activations are bfloat16 too; without it they are the same numbers in fp32.
+#if defined(__AVX512BF16__)
+
+using Activation = BFloat16;
+
+inline Vec dot_pairs(const BFloat16* weights, const Activation* x, Vec sum) {
+  std::int32_t pair;
+  std::memcpy(&pair, x, sizeof pair);
+  const __m512i w = _mm512_loadu_si512(weights);
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair))};
+}
+
+#else
+
+using Activation = float;
+
+#if defined(__AVX512F__)
+inline Vec low(const BFloat16* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+inline Vec high(const BFloat16* p) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)))};
+}
+#elif defined(__AVX2__)
+inline Vec low(const BFloat16* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
+}
+inline Vec high(const BFloat16* p) {
+  const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_and_si256(all, _mm256_set1_epi32(-65536)))};
+}
+#else
+inline Vec low(const BFloat16* p) {
+  Vec out;
+  for (int i = 0; i < Vec::width; ++i) out.v[i] = to_float(p[2 * i]);
+  return out;
+}
+inline Vec high(const BFloat16* p) {
+  Vec out;
+  for (int i = 0; i < Vec::width; ++i) out.v[i] = to_float(p[2 * i + 1]);
+  return out;
+}
+#endif
+
+inline Vec dot_pairs(const BFloat16* weights, const Activation* x, Vec sum) {
+  return fma(high(weights), broadcast(x[1]), fma(low(weights), broadcast(x[0]), sum));
+}
+
+#endif
+
+// exp, of x between -87 and 88 (beyond: as at the end); relative error below 2^-22. One polynomial for all lanes and no scalar tail: the bits of
+// a lane do not depend on its place.
+inline Vec exp(Vec x) {
+  const Vec clipped = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
+  const Vec n = round(clipped * broadcast(1.44269504f));
+  // x - n ln 2 in two parts: the first has 9 bits, so its product with n is exact
+  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), clipped));
+  Vec p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  return scale(fma(p, r * r, r + broadcast(1.0f)), n);
+}
+
+// The first count lanes from memory, zeros in the others.
+template <typename T>
+inline Vec load_first(const T* p, std::int64_t count) {
+  T lanes[Vec::width] = {};
+  for (std::int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <typename T>
+inline void store_first(T* p, Vec a, std::int64_t count) {
+  T lanes[Vec::width];
+  store(lanes, a);
+  for (std::int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
 // The lanes' sum in one fixed order, halving: lane i with lane i + width/2, and so on.
 inline float sum(Vec a) {
   float lanes[Vec::width];
@@ -150,6 +290,36 @@ inline float sum(Vec a) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+// Lane i of the result is the sum of the lanes of parts[i], of which there are Vec::width. The order of the additions is
+// the same for every lane.
+inline Vec sums_of(const Vec* parts) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4], c[2];
+  // Each step adds the halves of two vectors; what belongs to one stays together, so the lanes end up in bit order.
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = parts[i].v, y = parts[i + 8].v;
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 x = a[i], y = a[i + 4];
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 x = b[i], y = b[i + 2];
+    c[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xEE));
+  }
+  const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xDD));
+  // d holds part 8a+4b+2c+d' at the lane that the shuffles lead to
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15), d)};
+#else
+  Vec out = broadcast(0.0f);
+  float lanes[Vec::width];
+  for (int i = 0; i < Vec::width; ++i) lanes[i] = sum(parts[i]);
+  out = load(lanes);
+  return out;
+#endif
 }
 
 // Rounds to T and back: a value that a kernel keeps in registers gets the precision that T would have in memory.

@@ -1,0 +1,141 @@
+// The binding of the decode step: a Decoder keeps packed weights and threads; a step is one call without the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "decode_step/cpu.h"
+#include "native/binding.h"
+
+namespace retinar::binding {
+namespace {
+
+using namespace nb::literals;
+
+void expect(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+Packed shape_of(const Input& weight, bool gated) {
+  const bool bfloat16 = is_bfloat16(weight.dtype());
+  expect(weight.ndim() == 2 && (bfloat16 || weight.dtype() == nb::dtype<float>()),
+         "pack: expected a weight [outer, inner] in float32 or bfloat16");
+  const auto outer = static_cast<std::int64_t>(weight.shape(0));
+  expect(!gated || outer % 2 == 0, "pack: expected an even number of rows [gate | up]");
+  return {nullptr, outer, static_cast<std::int64_t>(weight.shape(1)), bfloat16, gated};
+}
+
+class Decoder {
+ public:
+  Decoder(const std::vector<std::int64_t>& sizes, float eps, const std::vector<Input>& embeddings,
+          const std::vector<std::vector<Input>>& layers, const Input& norm, const Input& output, const Input& rope,
+          int threads, bool pin, const std::optional<std::string>& isa)
+      : run_(RETINAR_SELECT(choose(isa), decode_step)), pool_(threads, pin) {
+    expect(sizes.size() == 6, "Decoder: expected dim, heads, groups, head_dim, hidden, vocabulary");
+    expect(embeddings.size() == 2, "Decoder: expected class and code embeddings");
+    model_.bfloat16 = is_bfloat16(norm.dtype());
+    model_.dim = sizes[0];
+    model_.heads = sizes[1];
+    model_.groups = sizes[2];
+    model_.head_dim = sizes[3];
+    model_.hidden = sizes[4];
+    model_.vocabulary = sizes[5];
+    model_.eps = eps;
+    model_.class_embedding = keep(embeddings[0]);
+    model_.code_embedding = keep(embeddings[1]);
+    model_.norm = keep(norm);
+    model_.rope = static_cast<const float*>(keep(rope));
+    const std::int64_t query = model_.heads * model_.head_dim, shared = model_.groups * model_.head_dim;
+    for (const std::vector<Input>& layer : layers) {
+      expect(layer.size() == 6, "Decoder: expected attention_norm, wqkv, wo, ffn_norm, w13, w2 in a layer");
+      model_.layers.push_back({keep(layer[0]), keep(layer[3]), packed(layer[1], query + 2 * shared, model_.dim, false),
+                               packed(layer[2], model_.dim, query, false),
+                               packed(layer[4], 2 * model_.hidden, model_.dim, true),
+                               packed(layer[5], model_.dim, model_.hidden, false)});
+    }
+    model_.output = packed(output, model_.vocabulary, model_.dim, false);
+  }
+
+  void step(const Output& keys, const Output& values, const Input& tokens, const Input& positions, const Input& table,
+            const Input& cond_row, const Input& null_row, const Input& cfg_scale, const Input& temperature,
+            const Input& top_k, const Input& top_p, const Input& seed, const Input& index, const Output& codes,
+            const Output& logits) {
+    expect(keys.ndim() == 5 && keys.shape(0) == model_.layers.size() && table.ndim() == 2,
+           "step: expected caches [layers, pages, slots, groups, head_dim] and a table [rows, columns]");
+    const Step step{static_cast<std::int64_t>(tokens.shape(0)),
+                    static_cast<std::int64_t>(cond_row.shape(0)),
+                    static_cast<std::int64_t>(table.shape(1)),
+                    static_cast<const std::int64_t*>(tokens.data()),
+                    static_cast<const std::int32_t*>(positions.data()),
+                    static_cast<const std::int32_t*>(table.data()),
+                    static_cast<const std::int32_t*>(cond_row.data()),
+                    static_cast<const std::int32_t*>(null_row.data()),
+                    static_cast<const float*>(cfg_scale.data()),
+                    static_cast<const float*>(temperature.data()),
+                    static_cast<const std::int32_t*>(top_k.data()),
+                    static_cast<const float*>(top_p.data()),
+                    static_cast<const std::int64_t*>(seed.data()),
+                    static_cast<const std::int64_t*>(index.data()),
+                    keys.data(),
+                    values.data(),
+                    static_cast<std::int64_t>(keys.shape(1)),
+                    static_cast<std::int64_t>(keys.shape(2)),
+                    static_cast<float*>(logits.data()),
+                    static_cast<std::int64_t*>(codes.data())};
+    const nb::gil_scoped_release released;
+    scratch_.prepare(model_, step, pool_.threads());
+    run_({model_, step, scratch_, pool_});
+  }
+
+ private:
+  const void* keep(const Input& array) {
+    kept_.push_back(array);
+    return array.data();
+  }
+
+  Packed packed(const Input& array, std::int64_t outer, std::int64_t inner, bool gated) {
+    Packed shape{keep(array), outer, inner, model_.bfloat16, gated};
+    expect(array.dtype() == (model_.bfloat16 ? array.dtype() : nb::dtype<float>()) &&
+               static_cast<std::int64_t>(array.size()) == packed_elements(shape),
+           "Decoder: expected packed weights of the model's sizes and type");
+    return shape;
+  }
+
+  void (*run_)(const DecodeCall&);
+  Model model_{};
+  Scratch scratch_;
+  Pool pool_;
+  std::vector<Input> kept_;
+};
+
+}  // namespace
+
+void decode_step(nb::module_& module) {
+  module.def(
+      "packed_elements", [](const Input& weight, bool gated) { return packed_elements(shape_of(weight, gated)); },
+      "weight"_a.noconvert(), "gated"_a, "How many elements a weight [outer, inner] has when it is packed.");
+  module.def(
+      "pack",
+      [](const Input& weight, const Output& out, bool gated) {
+        const Packed shape = shape_of(weight, gated);
+        expect(static_cast<std::int64_t>(out.size()) == packed_elements(shape) && out.dtype() == weight.dtype(),
+               "pack: expected packed_elements(weight) elements of the weight's type");
+        const nb::gil_scoped_release released;
+        pack(shape, weight.data(), out.data());
+      },
+      "weight"_a.noconvert(), "out"_a.noconvert(), "gated"_a, "Writes a weight into out in packed order.");
+  nb::class_<Decoder>(module, "Decoder", "Packed weights, threads and memory of a model's decode steps.")
+      .def(nb::init<const std::vector<std::int64_t>&, float, const std::vector<Input>&,
+                    const std::vector<std::vector<Input>>&, const Input&, const Input&, const Input&, int, bool,
+                    const std::optional<std::string>&>(),
+           "sizes"_a, "eps"_a, "embeddings"_a, "layers"_a, "norm"_a, "output"_a, "rope"_a, "threads"_a, "pin"_a,
+           "isa"_a.none() = nb::none())
+      .def("step", &Decoder::step, "One step; writes the caches, codes [images] and logits [rows, vocabulary].");
+}
+
+}  // namespace retinar::binding

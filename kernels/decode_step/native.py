@@ -1,0 +1,65 @@
+"""The native decoder: packed weights, its own threads, and one call a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retinar.kernels.decode_step.types import DecodeWeights, StepInputs
+from retinar.kernels.native import native_module
+
+
+class NativeDecoder:
+    """A model's weights packed for the CPU, and ``threads`` threads that run its steps.
+
+    ``isa`` names an instruction set (one of ``native_module().isas()``), ``pin`` binds each thread to a processor.
+    ValueError where the module or the instruction set cannot run here, or the weights are neither fp32 nor bf16.
+    """
+
+    def __init__(
+        self, weights: DecodeWeights, *, threads: int = 1, pin: bool = False, isa: str | None = None
+    ) -> None:
+        module, reason = native_module()
+        if module is None:
+            raise ValueError(reason)
+        dtype = weights.output_VD.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"the native decoder takes float32 and bfloat16, found {dtype}; cast the weights")
+        width, rows = weights.tok_embedding_VD.shape[1], weights.wqkv[0].shape[0]
+        head_dim = rows // (weights.n_head + 2 * weights.n_kv_head)
+        hidden, self.vocabulary = weights.w2[0].shape[1], weights.output_VD.shape[0]
+        layers = zip(
+            weights.attention_norm, weights.wqkv, weights.wo, weights.ffn_norm, weights.w13, weights.w2, strict=True
+        )
+        self._decoder = module.Decoder(
+            [width, weights.n_head, weights.n_kv_head, head_dim, hidden, self.vocabulary],
+            weights.eps,
+            [weights.cls_embedding_CD.contiguous(), weights.tok_embedding_VD.contiguous()],
+            [
+                [a.contiguous(), _packed(module, qkv), _packed(module, o), f.contiguous(), _packed(module, w13, True),
+                 _packed(module, w2)]
+                for a, qkv, o, f, w13, w2 in layers
+            ],
+            weights.norm_D.contiguous(),
+            _packed(module, weights.output_VD),
+            weights.rope_NC2.contiguous(),
+            threads,
+            pin,
+            isa,
+        )  # fmt: skip
+
+    def step(self, k_cache_LPSGD: Tensor, v_cache_LPSGD: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """As ``decode_step``: (codes int64 [I], logits fp32 [B, V])."""
+        codes_I = torch.empty(inputs.cond_row_I.shape, dtype=torch.int64)
+        logits_BV = torch.empty(inputs.tokens_B.shape[0], self.vocabulary)
+        self._decoder.step(k_cache_LPSGD, v_cache_LPSGD, *(each.contiguous() for each in inputs), codes_I, logits_BV)
+        return codes_I, logits_BV
+
+
+def _packed(module: Any, weight_NK: Tensor, gated: bool = False) -> Tensor:
+    weight_NK = weight_NK.contiguous()
+    out = torch.empty(module.packed_elements(weight_NK, gated), dtype=weight_NK.dtype)
+    module.pack(weight_NK, out, gated)
+    return out
