@@ -21,13 +21,18 @@ void expect(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
+Kind kind_of(const Input& weight) {
+  if (is_bfloat16(weight.dtype())) return Kind::bfloat16;
+  if (weight.dtype() == nb::dtype<std::int8_t>()) return Kind::int8;
+  expect(weight.dtype() == nb::dtype<float>(), "expected weights in float32, bfloat16 or int8");
+  return Kind::float32;
+}
+
 Packed shape_of(const Input& weight, bool gated) {
-  const bool bfloat16 = is_bfloat16(weight.dtype());
-  expect(weight.ndim() == 2 && (bfloat16 || weight.dtype() == nb::dtype<float>()),
-         "pack: expected a weight [outer, inner] in float32 or bfloat16");
+  expect(weight.ndim() == 2, "pack: expected a weight [outer, inner]");
   const auto outer = static_cast<std::int64_t>(weight.shape(0));
   expect(!gated || outer % 2 == 0, "pack: expected an even number of rows [gate | up]");
-  return {nullptr, outer, static_cast<std::int64_t>(weight.shape(1)), bfloat16, gated};
+  return {nullptr, outer, static_cast<std::int64_t>(weight.shape(1)), kind_of(weight), gated};
 }
 
 class Decoder {
@@ -39,6 +44,7 @@ class Decoder {
     expect(sizes.size() == 6, "Decoder: expected dim, heads, groups, head_dim, hidden, vocabulary");
     expect(embeddings.size() == 2, "Decoder: expected class and code embeddings");
     model_.bfloat16 = is_bfloat16(norm.dtype());
+    model_.kind = kind_of(output);
     model_.dim = sizes[0];
     model_.heads = sizes[1];
     model_.groups = sizes[2];
@@ -61,7 +67,8 @@ class Decoder {
     model_.output = packed(output, model_.vocabulary, model_.dim, false);
   }
 
-  void step(const Output& keys, const Output& values, const Input& tokens, const Input& positions, const Input& table,
+  void step(const Output& keys, const Output& values, const std::optional<Output>& key_scales,
+            const std::optional<Output>& value_scales, const Input& tokens, const Input& positions, const Input& table,
             const Input& cond_row, const Input& null_row, const Input& cfg_scale, const Input& temperature,
             const Input& top_k, const Input& top_p, const Input& seed, const Input& index, const Output& codes,
             const Output& logits) {
@@ -83,6 +90,8 @@ class Decoder {
                     static_cast<const std::int64_t*>(index.data()),
                     keys.data(),
                     values.data(),
+                    key_scales ? static_cast<float*>(key_scales->data()) : nullptr,
+                    value_scales ? static_cast<float*>(value_scales->data()) : nullptr,
                     static_cast<std::int64_t>(keys.shape(1)),
                     static_cast<std::int64_t>(keys.shape(2)),
                     static_cast<float*>(logits.data()),
@@ -99,10 +108,10 @@ class Decoder {
   }
 
   Packed packed(const Input& array, std::int64_t outer, std::int64_t inner, bool gated) {
-    Packed shape{keep(array), outer, inner, model_.bfloat16, gated};
-    expect(array.dtype() == (model_.bfloat16 ? array.dtype() : nb::dtype<float>()) &&
-               static_cast<std::int64_t>(array.size()) == packed_elements(shape),
-           "Decoder: expected packed weights of the model's sizes and type");
+    const Packed shape{keep(array), outer, inner, model_.kind, gated};
+    const std::int64_t behind = model_.kind == Kind::int8 ? shape.panels() * panel_columns * 8 : 0;
+    expect(kind_of(array) == model_.kind && static_cast<std::int64_t>(array.size()) == shape.elements() + behind,
+           "Decoder: expected packed weights of the model's sizes, all of one type");
     return shape;
   }
 
@@ -117,13 +126,13 @@ class Decoder {
 
 void decode_step(nb::module_& module) {
   module.def(
-      "packed_elements", [](const Input& weight, bool gated) { return packed_elements(shape_of(weight, gated)); },
+      "packed_elements", [](const Input& weight, bool gated) { return shape_of(weight, gated).elements(); },
       "weight"_a.noconvert(), "gated"_a, "How many elements a weight [outer, inner] has when it is packed.");
   module.def(
       "pack",
       [](const Input& weight, const Output& out, bool gated) {
         const Packed shape = shape_of(weight, gated);
-        expect(static_cast<std::int64_t>(out.size()) == packed_elements(shape) && out.dtype() == weight.dtype(),
+        expect(static_cast<std::int64_t>(out.size()) == shape.elements() && out.dtype() == weight.dtype(),
                "pack: expected packed_elements(weight) elements of the weight's type");
         const nb::gil_scoped_release released;
         pack(shape, weight.data(), out.data());

@@ -12,6 +12,21 @@
 namespace retinar::RETINAR_ISA {
 namespace {
 
+// Rounds a row to int8 with one scale, which it returns; zeros up to the next multiple of four.
+float quantise(const float* x, Quantised* out, std::int64_t count) {
+  float most = 0.0f;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float size = x[i] < 0.0f ? -x[i] : x[i];
+    most = size > most ? size : most;
+  }
+  const float factor = most > 0.0f ? 127.0f / most : 0.0f;
+  for (std::int64_t i = 0; i < count; ++i) {
+    out[i] = static_cast<Quantised>(static_cast<std::int32_t>(__builtin_rintf(x[i] * factor)) + quantised_zero);
+  }
+  for (std::int64_t i = count; i % 4 != 0; ++i) out[i] = quantised_zero;
+  return most / 127.0f;
+}
+
 template <typename T>
 class Walk {
  public:
@@ -35,11 +50,27 @@ class Walk {
       norm_row<T>(residual + row * width, static_cast<const T*>(weight), out, model.dim, model.eps);
       for (std::int64_t i = model.dim; i < width; ++i) out[i] = X{};
     }
+  }
+
+  // Rows as a product of the model's kind reads them, once all threads have written them; ``own``: each has written the
+  // rows that it would quantise, and need not wait for that.
+  Rows ready(float* rows, std::int64_t stride, std::int64_t inner, bool own, int thread) {
+    if (model.kind != Kind::int8) {
+      pool.barrier();
+      return {rows, stride, nullptr};
+    }
+    if (!own) pool.barrier();
+    const Share part = share(step.rows, thread, pool.threads());
+    Quantised* const out = static_cast<Quantised*>(scratch.quantised);
+    for (std::int64_t row = part.first; row < part.last; ++row) {
+      scratch.row_scales[row] = quantise(rows + row * stride, out + row * scratch.quantised_width, inner);
+    }
     pool.barrier();
+    return {out, scratch.quantised_width, scratch.row_scales};
   }
 
   void all(int thread) {
-    if (model.bfloat16) {
+    if (model.kind == Kind::bfloat16) {
       walk<Activation>(thread);
     } else {
       walk<float>(thread);
@@ -52,15 +83,19 @@ class Walk {
     for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
       const Layer& weights = model.layers[layer];
       norm_rows<X>(weights.attention_norm, thread);
-      into(weights.wqkv, {normed, width}, qkv, qkv_width, thread);
-      attention<X>(static_cast<std::int64_t>(layer), thread);
-      onto_residual(weights.wo, {heads, heads_width}, thread);
+      into(weights.wqkv, ready(normed, width, model.dim, true, thread), qkv, qkv_width, thread);
+      if (step.key_scales != nullptr) {
+        attention<X, std::int8_t>(static_cast<std::int64_t>(layer), thread);
+      } else {
+        attention<X, T>(static_cast<std::int64_t>(layer), thread);
+      }
+      onto_residual(weights.wo, ready(heads, heads_width, model.heads * model.head_dim, false, thread), thread);
       norm_rows<X>(weights.ffn_norm, thread);
-      gated<X>(weights.w13, thread);
-      onto_residual(weights.w2, {hidden, hidden_width}, thread);
+      gated<X>(weights.w13, ready(normed, width, model.dim, true, thread), thread);
+      onto_residual(weights.w2, ready(hidden, hidden_width, model.hidden, false, thread), thread);
     }
     norm_rows<X>(model.norm, thread);
-    logits(thread);
+    logits(ready(normed, width, model.dim, true, thread), thread);
     sample(thread);
   }
 
@@ -101,11 +136,11 @@ class Walk {
   }
 
   template <typename X>
-  void gated(const Packed& matrix, int thread) {
+  void gated(const Packed& matrix, Rows x, int thread) {
     X* const out = reinterpret_cast<X*>(hidden);
     const std::int64_t stride = hidden_width;
     const Share pairs = share(matrix.units() / 2, thread, pool.threads());
-    multiply(matrix, {normed, width}, step.rows, 2 * pairs.first, 2 * pairs.last,
+    multiply(matrix, x, step.rows, 2 * pairs.first, 2 * pairs.last,
              [=](std::int64_t row, std::int64_t unit, const Vec* sums) {
                if (unit % 2 != 0) return;  // up: it lies behind its gate
                for (int v = 0; v < unit_vectors; ++v) {
@@ -114,15 +149,23 @@ class Walk {
                  store(out + row * stride + unit / 2 * unit_columns + v * Vec::width, round_to<T>(silu * up));
                }
              });
-    pool.barrier();
   }
 
-  template <typename X>
+  template <typename X, typename C>
   void attention(std::int64_t layer, int thread) {
     const std::int64_t dim = model.head_dim, groups = model.groups, ratio = model.heads / groups;
     const std::int64_t layer_elements = step.pages * step.page_slots * groups * dim;
-    const Cache<T> cache{static_cast<T*>(step.keys) + layer * layer_elements,
-                         static_cast<T*>(step.values) + layer * layer_elements, step.page_slots, groups, dim};
+    Cache<C> cache{static_cast<C*>(step.keys) + layer * layer_elements,
+                   static_cast<C*>(step.values) + layer * layer_elements,
+                   nullptr,
+                   nullptr,
+                   step.page_slots,
+                   groups,
+                   dim};
+    if (sizeof(C) == 1) {
+      cache.key_scales = step.key_scales + layer * layer_elements / dim;
+      cache.value_scales = step.value_scales + layer * layer_elements / dim;
+    }
     const Share work = share(step.rows * groups, thread, pool.threads());
     const std::int64_t stride = scratch.score_stride;
     float* const scores = scratch.attention + thread * scratch.attention_elements;
@@ -143,11 +186,8 @@ class Walk {
       }
       for (std::int64_t group = first; group < last; ++group) {
         rotate(projected + (model.heads + group) * dim, angles, turned, dim);
-        const float* value = projected + (model.heads + groups + group) * dim;
-        for (std::int64_t i = 0; i < dim; ++i) {
-          cache.keys[slot + group * dim + i] = from_float<T>(turned[i]);
-          cache.values[slot + group * dim + i] = from_float<T>(value[i]);
-        }
+        write(turned, cache.keys, cache.key_scales, slot + group * dim, dim);
+        write(projected + (model.heads + groups + group) * dim, cache.values, cache.value_scales, slot + group * dim, dim);
       }
       attend(cache, pages, position + 1, first, last, ratio, queries, 1.0f / __builtin_sqrtf(static_cast<float>(dim)),
              scores, stride, out);
@@ -160,14 +200,13 @@ class Walk {
       }
       at += last - first;
     }
-    pool.barrier();
   }
 
-  void logits(int thread) {
+  void logits(Rows x, int thread) {
     const std::int64_t vocabulary = model.vocabulary;
     float* const out = step.logits;
     const Share units = share(model.output.units(), thread, pool.threads());
-    multiply(model.output, {normed, width}, step.rows, units.first, units.last,
+    multiply(model.output, x, step.rows, units.first, units.last,
              [=](std::int64_t row, std::int64_t unit, const Vec* sums) {
                for (int v = 0; v < unit_vectors; ++v) {
                  const std::int64_t code = unit * unit_columns + v * Vec::width;

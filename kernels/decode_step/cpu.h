@@ -17,9 +17,11 @@ struct Layer {
   Packed wqkv, wo, w13, w2;
 };
 
-// A model's weights, fp32 or bfloat16 throughout; the memory is the caller's.
+// A model's weights; the memory is the caller's. Embeddings and norms are fp32 or bfloat16, which is then what rows are
+// rounded to between the ops; matrices are of that type too, or all int8.
 struct Model {
   bool bfloat16;
+  Kind kind;
   std::int64_t dim, heads, groups, head_dim, hidden, vocabulary, classes;
   float eps;
   const void* class_embedding;  // [classes, dim]
@@ -44,8 +46,10 @@ struct Step {
   const float* top_p;
   const std::int64_t* seed;
   const std::int64_t* index;
-  void* keys;  // [layers, pages, slots, groups, head_dim]
+  void* keys;  // [layers, pages, slots, groups, head_dim], of the model's type, or int8 with a scale for each head_dim
   void* values;
+  float* key_scales;  // [layers, pages, slots, groups], or null
+  float* value_scales;
   std::int64_t pages, page_slots;
   float* logits;        // [rows, vocabulary]
   std::int64_t* codes;  // [images]
@@ -63,6 +67,9 @@ class Scratch {
   void prepare(const Model& model, const Step& step, int threads);
 
   float *residual = nullptr, *normed = nullptr, *qkv = nullptr, *heads = nullptr, *hidden = nullptr, *mixed = nullptr;
+  float* row_scales = nullptr;  // of the quantised rows
+  void* quantised = nullptr;    // [rows, quantised_width], up to 2 bytes each
+  std::int64_t quantised_width = 0;
   std::int64_t width = 0, qkv_width = 0, heads_width = 0, hidden_width = 0, vocabulary_width = 0;
   // For each thread: scores, queries, outputs and one turned key.
   float* attention = nullptr;

@@ -19,7 +19,13 @@ class NativeDecoder:
     """
 
     def __init__(
-        self, weights: DecodeWeights, *, threads: int = 1, pin: bool = False, isa: str | None = None
+        self,
+        weights: DecodeWeights,
+        *,
+        int8: bool = False,
+        threads: int = 1,
+        pin: bool = False,
+        isa: str | None = None,
     ) -> None:
         module, reason = native_module()
         if module is None:
@@ -33,29 +39,50 @@ class NativeDecoder:
         layers = zip(
             weights.attention_norm, weights.wqkv, weights.wo, weights.ffn_norm, weights.w13, weights.w2, strict=True
         )
+
+        def pack(weight_NK: Tensor, gated: bool = False) -> Tensor:
+            return _quantised(module, weight_NK, gated) if int8 else _packed(module, weight_NK, gated)
+
         self._decoder = module.Decoder(
             [width, weights.n_head, weights.n_kv_head, head_dim, hidden, self.vocabulary],
             weights.eps,
             [weights.cls_embedding_CD.contiguous(), weights.tok_embedding_VD.contiguous()],
             [
-                [a.contiguous(), _packed(module, qkv), _packed(module, o), f.contiguous(), _packed(module, w13, True),
-                 _packed(module, w2)]
+                [a.contiguous(), pack(qkv), pack(o), f.contiguous(), pack(w13, True), pack(w2)]
                 for a, qkv, o, f, w13, w2 in layers
             ],
             weights.norm_D.contiguous(),
-            _packed(module, weights.output_VD),
+            pack(weights.output_VD),
             weights.rope_NC2.contiguous(),
             threads,
             pin,
             isa,
         )  # fmt: skip
 
-    def step(self, k_cache_LPSGD: Tensor, v_cache_LPSGD: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """As ``decode_step``: (codes int64 [I], logits fp32 [B, V])."""
+    def step(
+        self,
+        k_cache_LPSGD: Tensor,
+        v_cache_LPSGD: Tensor,
+        inputs: StepInputs,
+        k_scale_LPSG: Tensor | None = None,
+        v_scale_LPSG: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``decode_step``: (codes int64 [I], logits fp32 [B, V]). int8 caches come with their fp32 scales."""
         codes_I = torch.empty(inputs.cond_row_I.shape, dtype=torch.int64)
         logits_BV = torch.empty(inputs.tokens_B.shape[0], self.vocabulary)
-        self._decoder.step(k_cache_LPSGD, v_cache_LPSGD, *(each.contiguous() for each in inputs), codes_I, logits_BV)
+        scales = k_scale_LPSG, v_scale_LPSG
+        self._decoder.step(k_cache_LPSGD, v_cache_LPSGD, *scales, *(each.contiguous() for each in inputs), codes_I, logits_BV)
         return codes_I, logits_BV
+
+
+def _quantised(module: Any, weight_NK: Tensor, gated: bool) -> Tensor:
+    """int8 with a scale for each output, both packed, and the sums of each output's weights."""
+    weight_NK = weight_NK.float()
+    scale_N1 = weight_NK.abs().amax(1, keepdim=True) / 127
+    int8_NK = (weight_NK / scale_N1.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
+    behind = scale_N1, int8_NK.sum(1, keepdim=True, dtype=torch.int32).view(torch.float32)
+    parts = [_packed(module, int8_NK, gated), *(_packed(module, each, gated).view(torch.int8) for each in behind)]
+    return torch.cat(parts)
 
 
 def _packed(module: Any, weight_NK: Tensor, gated: bool = False) -> Tensor:

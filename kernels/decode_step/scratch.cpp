@@ -35,6 +35,10 @@ void Scratch::prepare(const Model& model, const Step& step, int threads) {
   score_stride = up_to(longest, 16);
   attention_elements = up_to(model.heads * (score_stride + 2 * model.head_dim) + model.head_dim, line);
 
+  quantised_width = hidden_width > width ? hidden_width : width;
+  if (heads_width > quantised_width) quantised_width = heads_width;
+  const std::int64_t quantised_rows = model.kind == Kind::int8 ? step.rows : 0;
+
   std::int64_t bytes = 0;
   const auto take = [&](std::int64_t count, std::int64_t size) {
     const std::int64_t place = bytes;
@@ -46,7 +50,8 @@ void Scratch::prepare(const Model& model, const Step& step, int threads) {
       take(step.rows * qkv_width, 4),    take(step.rows * heads_width, 4),
       take(step.rows * hidden_width, 4), take(step.images * vocabulary_width, 4),
       take(threads * attention_elements, 4), take(threads * step.images, 4),
-      take(threads * step.images, 8),
+      take(step.rows, 4),                take(threads * step.images, 8),
+      take(quantised_rows * quantised_width, 2),
   };
   if (bytes > bytes_ || threads != threads_) {
     release();
@@ -58,9 +63,10 @@ void Scratch::prepare(const Model& model, const Step& step, int threads) {
     threads_ = threads;
   }
   char* const base = static_cast<char*>(memory_);
-  float** const floats[] = {&residual, &normed, &qkv, &heads, &hidden, &mixed, &attention, &best};
-  for (int i = 0; i < 8; ++i) *floats[i] = reinterpret_cast<float*>(base + places[i]);
-  winner = reinterpret_cast<std::int64_t*>(base + places[8]);
+  float** const floats[] = {&residual, &normed, &qkv, &heads, &hidden, &mixed, &attention, &best, &row_scales};
+  for (int i = 0; i < 9; ++i) *floats[i] = reinterpret_cast<float*>(base + places[i]);
+  winner = reinterpret_cast<std::int64_t*>(base + places[9]);
+  quantised = base + places[10];
 }
 
 }  // namespace retinar

@@ -19,6 +19,7 @@ struct BFloat16 {
 };
 
 inline float to_float(float x) { return x; }
+inline float to_float(std::int8_t x) { return static_cast<float>(x); }
 
 inline float to_float(BFloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
@@ -249,6 +250,110 @@ inline Vec dot_pairs(const BFloat16* weights, const Activation* x, Vec sum) {
   return fma(high(weights), broadcast(x[1]), fma(low(weights), broadcast(x[0]), sum));
 }
 
+#endif
+
+// Exact sums of products of int8 weights, four neighbours in k at a time, with int8 activations.
+#if defined(__AVX512VNNI__)
+
+using Quantised = std::uint8_t;  // the number plus 128: the instruction takes one factor unsigned
+constexpr int quantised_zero = 128;
+
+struct IntSum {
+  __m512i v;
+};
+
+inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+  std::int32_t quad;
+  std::memcpy(&quad, x, sizeof quad);
+  sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(quad), _mm512_loadu_si512(weights));
+}
+
+inline Vec total(IntSum sum, const std::int32_t* column_sums) {
+  const __m512i excess = _mm512_slli_epi32(_mm512_loadu_si512(column_sums), 7);
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.v, excess))};
+}
+
+#else
+
+using Quantised = std::int16_t;
+constexpr int quantised_zero = 0;
+
+#if defined(__AVX512F__)
+
+// Two sums a column, of even and odd pairs: of the first 8 columns and of the others.
+struct IntSum {
+  __m512i low, high;
+};
+
+inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+  std::int64_t quad;
+  std::memcpy(&quad, x, sizeof quad);
+  const __m512i factor = _mm512_set1_epi64(quad);
+  const auto* w = reinterpret_cast<const __m256i*>(weights);
+  const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256(w));
+  const __m512i high = _mm512_cvtepi8_epi16(_mm256_loadu_si256(w + 1));
+  sum.low = _mm512_add_epi32(sum.low, _mm512_madd_epi16(low, factor));
+  sum.high = _mm512_add_epi32(sum.high, _mm512_madd_epi16(high, factor));
+}
+
+inline Vec total(IntSum sum, const std::int32_t*) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(sum.low, even, sum.high),
+                                              _mm512_permutex2var_epi32(sum.low, odd, sum.high)))};
+}
+
+#elif defined(__AVX2__)
+
+struct IntSum {
+  __m256i low, high;  // of the first 4 columns and of the others
+};
+
+inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+  std::int64_t quad;
+  std::memcpy(&quad, x, sizeof quad);
+  const __m256i factor = _mm256_set1_epi64x(quad);
+  const auto* w = reinterpret_cast<const __m128i*>(weights);
+  sum.low = _mm256_add_epi32(sum.low, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(w)), factor));
+  sum.high = _mm256_add_epi32(sum.high, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(w + 1)), factor));
+}
+
+inline Vec total(IntSum sum, const std::int32_t*) {
+  // hadd works on halves: columns 0 1 4 5 | 2 3 6 7
+  const __m256i pairs = _mm256_hadd_epi32(sum.low, sum.high);
+  return {_mm256_cvtepi32_ps(_mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7)))};
+}
+
+#else
+
+struct IntSum {
+  std::int32_t v[Vec::width];
+};
+
+inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+  for (int i = 0; i < Vec::width; ++i) {
+    for (int j = 0; j < 4; ++j) sum.v[i] += weights[4 * i + j] * x[j];
+  }
+}
+
+inline Vec total(IntSum sum, const std::int32_t*) {
+  Vec out;
+  for (int i = 0; i < Vec::width; ++i) out.v[i] = static_cast<float>(sum.v[i]);
+  return out;
+}
+
+#endif
+#endif
+
+// int8 numbers as fp32.
+#if defined(__AVX512F__)
+inline Vec load(const std::int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+#elif defined(__AVX2__)
+inline Vec load(const std::int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 #endif
 
 // exp, of x between -87 and 88 (beyond: as at the end); relative error below 2^-22. One polynomial for all lanes and no scalar tail: the bits of

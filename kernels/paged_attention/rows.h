@@ -8,11 +8,13 @@
 
 namespace retinar::RETINAR_ISA {
 
-// A layer's keys or values [pages, slots, groups, dim] and a row's way to them.
+// A layer's keys and values [pages, slots, groups, dim]; int8 ones with a scale [pages, slots, groups].
 template <typename T>
 struct Cache {
   T* keys;
   T* values;
+  float* key_scales;
+  float* value_scales;
   std::int64_t page_slots;
   std::int64_t groups;
   std::int64_t dim;
@@ -28,6 +30,32 @@ inline void rotate(const float* x, const float* angles, float* out, std::int64_t
     out[i] = x[i] * angles[i] - x[i + 1] * angles[i + 1];
     out[i + 1] = x[i] * angles[i + 1] + x[i + 1] * angles[i];
   }
+}
+
+// The scales of one group in some slots, zeros behind them.
+inline Vec slot_scales(const float* scales, const std::int64_t* places, std::int64_t slots, std::int64_t dim) {
+  float lanes[Vec::width] = {};
+  for (std::int64_t i = 0; i < slots; ++i) lanes[i] = scales[places[i] / dim];
+  return load(lanes);
+}
+
+// A new key or value [dim] into its slot.
+template <typename T>
+inline void write(const float* x, T* cache, float*, std::int64_t place, std::int64_t dim) {
+  for (std::int64_t i = 0; i < dim; ++i) cache[place + i] = from_float<T>(x[i]);
+}
+
+inline void write(const float* x, std::int8_t* cache, float* scales, std::int64_t place, std::int64_t dim) {
+  float most = 0.0f;
+  for (std::int64_t i = 0; i < dim; ++i) {
+    const float size = x[i] < 0.0f ? -x[i] : x[i];
+    most = size > most ? size : most;
+  }
+  const float factor = most > 0.0f ? 127.0f / most : 0.0f;
+  for (std::int64_t i = 0; i < dim; ++i) {
+    cache[place + i] = static_cast<std::int8_t>(static_cast<std::int32_t>(__builtin_rintf(x[i] * factor)));
+  }
+  scales[place / dim] = most / 127.0f;
 }
 
 // Scores of slots 0 to count for the ``ratio`` query heads of each group in [first, last): scores [heads][stride], and
@@ -58,7 +86,9 @@ inline void attend(const Cache<T>& cache, const std::int32_t* pages, std::int64_
           }
           parts[i] = sum;
         }
-        store(scores + head * stride + start, sums_of(parts) * broadcast(scale));
+        Vec factor = broadcast(scale);
+        if (sizeof(T) == 1) factor = factor * slot_scales(cache.key_scales + group, places, slots, dim);
+        store(scores + head * stride + start, sums_of(parts) * factor);
       }
     }
   }
@@ -92,7 +122,10 @@ inline void attend(const Cache<T>& cache, const std::int32_t* pages, std::int64_
     for (std::int64_t group = first; group < last; ++group) {
       const T* values = cache.values + group * dim;
       for (std::int64_t head = (group - first) * ratio; head < (group - first + 1) * ratio; ++head) {
-        const float* weights = scores + head * stride + start;
+        float* weights = scores + head * stride + start;
+        if (sizeof(T) == 1) {
+          store(weights, load(weights) * slot_scales(cache.value_scales + group, places, slots, dim));
+        }
         float* target = out + head * dim;
         std::int64_t d = 0;
         for (; d + 4 * step <= dim; d += 4 * step) {
