@@ -58,99 +58,142 @@ inline void write(const float* x, std::int8_t* cache, float* scales, std::int64_
   scales[place / dim] = most / 127.0f;
 }
 
-// Scores of slots 0 to count for the ``ratio`` query heads of each group in [first, last): scores [heads][stride], and
-// the outputs [heads][dim] fp32. Queries are turned and as many as the outputs. The order of all sums is fixed by the
-// slots alone: not by pages, other heads or other rows.
+// Asks for one group's numbers of the slots at ``places``, some steps before they are wanted: a row's slots are a few
+// kilobytes apart, which no processor guesses.
+template <typename T>
+inline void prefetch(const T* cache, const std::int64_t* places, std::int64_t slots, std::int64_t dim) {
+  for (std::int64_t i = 0; i < slots; ++i) {
+    const char* first = reinterpret_cast<const char*>(cache + places[i]);
+    for (std::int64_t byte = 0; byte < dim * static_cast<std::int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(first + byte, 0, 2);
+    }
+  }
+}
+
+// The slots of one step, and those of the next.
+struct Places {
+  std::int64_t now[Vec::width], next[Vec::width];
+  std::int64_t slots, next_slots;
+
+  template <typename T>
+  void move(const Cache<T>& cache, const std::int32_t* pages, std::int64_t start, std::int64_t count) {
+    if (start == 0) find(cache, pages, 0, count, next, next_slots);
+    for (std::int64_t i = 0; i < Vec::width; ++i) now[i] = next[i];
+    slots = next_slots;
+    find(cache, pages, start + Vec::width, count, next, next_slots);
+  }
+
+ private:
+  template <typename T>
+  static void find(const Cache<T>& cache, const std::int32_t* pages, std::int64_t start, std::int64_t count,
+                   std::int64_t* places, std::int64_t& slots) {
+    slots = count - start < Vec::width ? count - start : Vec::width;
+    if (slots < 0) slots = 0;
+    for (std::int64_t i = 0; i < Vec::width; ++i) places[i] = i < slots ? cache.place(pages, start + i) : 0;
+  }
+};
+
+// Vectors of a head dim that are summed in registers; wider ones, and what is left of odd ones, go by way of memory.
+constexpr std::int64_t head_vectors = 64 / Vec::width;
+
+template <typename T>
+inline Vec dot(const T* key, const float* query, std::int64_t dim) {
+  Vec sum = broadcast(0.0f);
+  std::int64_t d = 0;
+  for (; d + Vec::width <= dim; d += Vec::width) sum = fma(load(key + d), load(query + d), sum);
+  if (d < dim) sum = fma(load_first(key + d, dim - d), load_first(query + d, dim - d), sum);
+  return sum;
+}
+
+template <typename T>
+inline void add_weighted(const T* values, const Places& places, const float* weights, float* out, std::int64_t dim) {
+  std::int64_t d = 0;
+  for (; d + head_vectors * Vec::width <= dim; d += head_vectors * Vec::width) {
+    Vec sum[head_vectors];
+    for (int v = 0; v < head_vectors; ++v) sum[v] = load(out + d + v * Vec::width);
+    for (std::int64_t i = 0; i < places.slots; ++i) {
+      const Vec weight = broadcast(weights[i]);
+      const T* value = values + places.now[i] + d;
+      for (int v = 0; v < head_vectors; ++v) sum[v] = fma(load(value + v * Vec::width), weight, sum[v]);
+    }
+    for (int v = 0; v < head_vectors; ++v) store(out + d + v * Vec::width, sum[v]);
+  }
+  for (; d + Vec::width <= dim; d += Vec::width) {
+    Vec sum = load(out + d);
+    for (std::int64_t i = 0; i < places.slots; ++i) {
+      sum = fma(load(values + places.now[i] + d), broadcast(weights[i]), sum);
+    }
+    store(out + d, sum);
+  }
+  if (d < dim) {
+    Vec sum = load_first(out + d, dim - d);
+    for (std::int64_t i = 0; i < places.slots; ++i) {
+      sum = fma(load_first(values + places.now[i] + d, dim - d), broadcast(weights[i]), sum);
+    }
+    store_first(out + d, sum, dim - d);
+  }
+}
+
+// exp(x - top) over their sum, in place, for x [count]; zeros up to the next whole vector.
+inline void softmax(float* x, std::int64_t count) {
+  float top = x[0];
+  for (std::int64_t i = 1; i < count; ++i) top = x[i] > top ? x[i] : top;
+  Vec total = broadcast(0.0f);
+  for (std::int64_t start = 0; start < count; start += Vec::width) {
+    Vec weight = exp(load(x + start) - broadcast(top));
+    if (count - start < Vec::width) {
+      store(x + start, weight);
+      weight = load_first(x + start, count - start);
+    }
+    store(x + start, weight);
+    total = total + weight;
+  }
+  const Vec factor = broadcast(1.0f / sum(total));
+  for (std::int64_t start = 0; start < count; start += Vec::width) store(x + start, load(x + start) * factor);
+}
+
+// Attention of ``ratio`` query heads for each group in [first, last) over the slots 0 to count: queries, turned, and out
+// [heads][dim] fp32; scores [heads][stride] is scratch. The order of all sums is fixed by the slots alone: not by pages,
+// other heads or other rows.
 template <typename T>
 inline void attend(const Cache<T>& cache, const std::int32_t* pages, std::int64_t count, std::int64_t first,
                    std::int64_t last, std::int64_t ratio, const float* queries, float scale, float* scores,
                    std::int64_t stride, float* out) {
-  constexpr std::int64_t step = Vec::width;
-  const std::int64_t dim = cache.dim, whole = dim / step * step;
-  std::int64_t places[step];
-  for (std::int64_t start = 0; start < count; start += step) {
-    const std::int64_t slots = count - start < step ? count - start : step;
-    for (std::int64_t i = 0; i < slots; ++i) places[i] = cache.place(pages, start + i);
+  const std::int64_t dim = cache.dim, heads = (last - first) * ratio;
+  Places places;
+  for (std::int64_t start = 0; start < count; start += Vec::width) {
+    places.move(cache, pages, start, count);
     for (std::int64_t group = first; group < last; ++group) {
+      const T* keys = cache.keys + group * dim;
+      prefetch(keys, places.next, places.next_slots, dim);
+      Vec factor = broadcast(scale);
+      if (sizeof(T) == 1) factor = factor * slot_scales(cache.key_scales + group, places.now, places.slots, dim);
       for (std::int64_t head = (group - first) * ratio; head < (group - first + 1) * ratio; ++head) {
-        const float* query = queries + head * dim;
-        Vec parts[step];
-        for (std::int64_t i = 0; i < step; ++i) {
-          Vec sum = broadcast(0.0f);
-          if (i < slots) {
-            const T* key = cache.keys + places[i] + group * dim;
-            for (std::int64_t d = 0; d < whole; d += step) sum = fma(load(key + d), load(query + d), sum);
-            if (whole < dim) {
-              sum = fma(load_first(key + whole, dim - whole), load_first(query + whole, dim - whole), sum);
-            }
+        Vec parts[Vec::width];
+        if (places.slots == Vec::width) {
+          for (int i = 0; i < Vec::width; ++i) parts[i] = dot(keys + places.now[i], queries + head * dim, dim);
+        } else {
+          for (int i = 0; i < Vec::width; ++i) {
+            parts[i] = i < places.slots ? dot(keys + places.now[i], queries + head * dim, dim) : broadcast(0.0f);
           }
-          parts[i] = sum;
         }
-        Vec factor = broadcast(scale);
-        if (sizeof(T) == 1) factor = factor * slot_scales(cache.key_scales + group, places, slots, dim);
         store(scores + head * stride + start, sums_of(parts) * factor);
       }
     }
   }
-  const std::int64_t heads = (last - first) * ratio;
-  for (std::int64_t head = 0; head < heads; ++head) {
-    float* row = scores + head * stride;
-    float top = row[0];
-    for (std::int64_t i = 1; i < count; ++i) top = row[i] > top ? row[i] : top;
-    Vec sum = broadcast(0.0f);
-    for (std::int64_t start = 0; start < count; start += step) {
-      const std::int64_t slots = count - start < step ? count - start : step;
-      Vec weight = exp(load(row + start) - broadcast(top));
-      if (slots < step) {
-        float lanes[step];
-        store(lanes, weight);
-        for (std::int64_t i = slots; i < step; ++i) lanes[i] = 0.0f;
-        weight = load(lanes);
-      }
-      store(row + start, weight);
-      sum = sum + weight;
-    }
-    const float factor = 1.0f / retinar::RETINAR_ISA::sum(sum);
-    for (std::int64_t start = 0; start < count; start += step) {
-      store(row + start, load(row + start) * broadcast(factor));
-    }
-  }
+  for (std::int64_t head = 0; head < heads; ++head) softmax(scores + head * stride, count);
   for (std::int64_t i = 0; i < heads * dim; ++i) out[i] = 0.0f;
-  for (std::int64_t start = 0; start < count; start += step) {
-    const std::int64_t slots = count - start < step ? count - start : step;
-    for (std::int64_t i = 0; i < slots; ++i) places[i] = cache.place(pages, start + i);
+  for (std::int64_t start = 0; start < count; start += Vec::width) {
+    places.move(cache, pages, start, count);
     for (std::int64_t group = first; group < last; ++group) {
       const T* values = cache.values + group * dim;
+      prefetch(values, places.next, places.next_slots, dim);
       for (std::int64_t head = (group - first) * ratio; head < (group - first + 1) * ratio; ++head) {
         float* weights = scores + head * stride + start;
         if (sizeof(T) == 1) {
-          store(weights, load(weights) * slot_scales(cache.value_scales + group, places, slots, dim));
+          store(weights, load(weights) * slot_scales(cache.value_scales + group, places.now, places.slots, dim));
         }
-        float* target = out + head * dim;
-        std::int64_t d = 0;
-        for (; d + 4 * step <= dim; d += 4 * step) {
-          Vec sum[4];
-          for (int v = 0; v < 4; ++v) sum[v] = load(target + d + v * step);
-          for (std::int64_t i = 0; i < slots; ++i) {
-            const Vec weight = broadcast(weights[i]);
-            for (int v = 0; v < 4; ++v) sum[v] = fma(load(values + places[i] + d + v * step), weight, sum[v]);
-          }
-          for (int v = 0; v < 4; ++v) store(target + d + v * step, sum[v]);
-        }
-        for (; d + step <= dim; d += step) {
-          Vec sum = load(target + d);
-          for (std::int64_t i = 0; i < slots; ++i) {
-            sum = fma(load(values + places[i] + d), broadcast(weights[i]), sum);
-          }
-          store(target + d, sum);
-        }
-        if (d < dim) {
-          Vec sum = load_first(target + d, dim - d);
-          for (std::int64_t i = 0; i < slots; ++i) {
-            sum = fma(load_first(values + places[i] + d, dim - d), broadcast(weights[i]), sum);
-          }
-          store_first(target + d, sum, dim - d);
-        }
+        add_weighted(values, places, weights, out + head * dim, dim);
       }
     }
   }
