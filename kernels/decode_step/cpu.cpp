@@ -14,11 +14,7 @@ namespace {
 
 // Rounds a row to int8 with one scale, which it returns; zeros up to the next multiple of four.
 float quantise(const float* x, Quantised* out, std::int64_t count) {
-  float most = 0.0f;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float size = x[i] < 0.0f ? -x[i] : x[i];
-    most = size > most ? size : most;
-  }
+  const float most = largest(x, count);
   const float factor = most > 0.0f ? 127.0f / most : 0.0f;
   for (std::int64_t i = 0; i < count; ++i) {
     out[i] = static_cast<Quantised>(static_cast<std::int32_t>(__builtin_rintf(x[i] * factor)) + quantised_zero);

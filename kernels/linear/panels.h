@@ -54,7 +54,7 @@ inline void sums(const std::int8_t* weights, std::int64_t steps, const Quantised
   for (std::int64_t k = 0; k < steps; ++k, weights += 4 * panel_columns) {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < U * unit_vectors; ++v) {
-        add_quads(weights + v * 4 * Vec::width, x + r * stride + 4 * k, sum[r][v]);
+        sum[r][v] = dot_quads(weights + v * 4 * Vec::width, x + r * stride + 4 * k, sum[r][v]);
       }
     }
   }

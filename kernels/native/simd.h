@@ -262,10 +262,10 @@ struct IntSum {
   __m512i v;
 };
 
-inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+inline IntSum dot_quads(const std::int8_t* weights, const Quantised* x, IntSum sum) {
   std::int32_t quad;
   std::memcpy(&quad, x, sizeof quad);
-  sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(quad), _mm512_loadu_si512(weights));
+  return {_mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(quad), _mm512_loadu_si512(weights))};
 }
 
 inline Vec total(IntSum sum, const std::int32_t* column_sums) {
@@ -285,15 +285,15 @@ struct IntSum {
   __m512i low, high;
 };
 
-inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+inline IntSum dot_quads(const std::int8_t* weights, const Quantised* x, IntSum sum) {
   std::int64_t quad;
   std::memcpy(&quad, x, sizeof quad);
   const __m512i factor = _mm512_set1_epi64(quad);
   const auto* w = reinterpret_cast<const __m256i*>(weights);
   const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256(w));
   const __m512i high = _mm512_cvtepi8_epi16(_mm256_loadu_si256(w + 1));
-  sum.low = _mm512_add_epi32(sum.low, _mm512_madd_epi16(low, factor));
-  sum.high = _mm512_add_epi32(sum.high, _mm512_madd_epi16(high, factor));
+  return {_mm512_add_epi32(sum.low, _mm512_madd_epi16(low, factor)),
+          _mm512_add_epi32(sum.high, _mm512_madd_epi16(high, factor))};
 }
 
 inline Vec total(IntSum sum, const std::int32_t*) {
@@ -309,13 +309,13 @@ struct IntSum {
   __m256i low, high;  // of the first 4 columns and of the others
 };
 
-inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+inline IntSum dot_quads(const std::int8_t* weights, const Quantised* x, IntSum sum) {
   std::int64_t quad;
   std::memcpy(&quad, x, sizeof quad);
   const __m256i factor = _mm256_set1_epi64x(quad);
   const auto* w = reinterpret_cast<const __m128i*>(weights);
-  sum.low = _mm256_add_epi32(sum.low, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(w)), factor));
-  sum.high = _mm256_add_epi32(sum.high, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(w + 1)), factor));
+  return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(w)), factor)),
+          _mm256_add_epi32(sum.high, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(w + 1)), factor))};
 }
 
 inline Vec total(IntSum sum, const std::int32_t*) {
@@ -330,10 +330,11 @@ struct IntSum {
   std::int32_t v[Vec::width];
 };
 
-inline void add_quads(const std::int8_t* weights, const Quantised* x, IntSum& sum) {
+inline IntSum dot_quads(const std::int8_t* weights, const Quantised* x, IntSum sum) {
   for (int i = 0; i < Vec::width; ++i) {
     for (int j = 0; j < 4; ++j) sum.v[i] += weights[4 * i + j] * x[j];
   }
+  return sum;
 }
 
 inline Vec total(IntSum sum, const std::int32_t*) {
@@ -425,6 +426,24 @@ inline Vec sums_of(const Vec* parts) {
   out = load(lanes);
   return out;
 #endif
+}
+
+// The largest magnitude of some numbers.
+inline float largest(const float* x, std::int64_t count) {
+  Vec most = broadcast(0.0f);
+  std::int64_t i = 0;
+  for (; i + Vec::width <= count; i += Vec::width) {
+    const Vec value = load(x + i);
+    most = max(most, max(value, broadcast(0.0f) - value));
+  }
+  float lanes[Vec::width];
+  store(lanes, most);
+  for (; i < count; ++i) {
+    const float size = x[i] < 0.0f ? -x[i] : x[i];
+    lanes[0] = size > lanes[0] ? size : lanes[0];
+  }
+  for (float lane : lanes) lanes[0] = lane > lanes[0] ? lane : lanes[0];
+  return lanes[0];
 }
 
 // Rounds to T and back: a value that a kernel keeps in registers gets the precision that T would have in memory.

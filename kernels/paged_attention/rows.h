@@ -46,11 +46,7 @@ inline void write(const float* x, T* cache, float*, std::int64_t place, std::int
 }
 
 inline void write(const float* x, std::int8_t* cache, float* scales, std::int64_t place, std::int64_t dim) {
-  float most = 0.0f;
-  for (std::int64_t i = 0; i < dim; ++i) {
-    const float size = x[i] < 0.0f ? -x[i] : x[i];
-    most = size > most ? size : most;
-  }
+  const float most = largest(x, dim);
   const float factor = most > 0.0f ? 127.0f / most : 0.0f;
   for (std::int64_t i = 0; i < dim; ++i) {
     cache[place + i] = static_cast<std::int8_t>(static_cast<std::int32_t>(__builtin_rintf(x[i] * factor)));
