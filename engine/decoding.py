@@ -16,9 +16,11 @@ from retinar.engine.kv_cache import KVCache, check_pool, pool_pages
 from retinar.engine.model import GPT
 from retinar.engine.progress import Progress, silent
 from retinar.engine.request import Request
-from retinar.engine.runner import DecodeLoop, EagerRunner
+from retinar.engine.runner import DecodeLoop, EagerRunner, NativeRunner
 from retinar.engine.scheduler import check_fits, pages_needed
 from retinar.kernels import ops
+
+AnyRunner = EagerRunner | NativeRunner | GraphRunner
 
 
 class Asked(NamedTuple):
@@ -45,7 +47,8 @@ def check_limits(max_images: int, page_size: int, pages: int | None) -> None:
 class Decoding:
     """A transformer's weights in ``dtype`` on ``device``, ready for decode loops.
 
-    ``backend`` of ``decode_step``, or None for the device's first; ``batch_invariant`` as in `GraphRunner`.
+    ``backend``: one of ``decode_step``'s; "native", a CPU's compiled decoder; or None for the device's first.
+    ``batch_invariant`` as in `GraphRunner`.
     """
 
     def __init__(
@@ -54,14 +57,18 @@ class Decoding:
         self.config, self.device, self.dtype = gpt.config, device, dtype
         self.backend, self.batch_invariant = backend, batch_invariant
         self._weights: ops.DecodeWeights | None = gpt.to(device).decode_weights(dtype)
-        self._idle: EagerRunner | GraphRunner | None = None
-        self._asked: WeakKeyDictionary[EagerRunner | GraphRunner, Asked] = WeakKeyDictionary()
+        self._native: ops.NativeDecoder | None = None
+        if self._backend() == "native":
+            self._native = ops.NativeDecoder(self.weights, threads=torch.get_num_threads())
+            self._weights = None  # packed, they need not be there twice
+        self._idle: AnyRunner | None = None
+        self._asked: WeakKeyDictionary[AnyRunner, Asked] = WeakKeyDictionary()
 
     @property
     def weights(self) -> ops.DecodeWeights:
         """As the decode step takes them."""
         if self._weights is None:
-            raise RuntimeError("the weights were unloaded")
+            raise RuntimeError("the weights were unloaded, or packed for the native decoder")
         return self._weights
 
     @property
@@ -73,7 +80,9 @@ class Decoding:
         """What besides weights and parameters may change bits, for the provenance."""
         backend = self._backend()
         isa = ops.native_info()["isa"] if backend == "native" else None
-        found = provenance.implementation("graphs" if self.graphs else "eager", backend, isa, self.device)
+        found = provenance.implementation(
+            "graphs" if self.graphs else "native" if backend == "native" else "eager", backend, isa, self.device
+        )
         return found if self.device.type == "cpu" else found | {"batch_invariant": self.batch_invariant}
 
     def plan(self, requests: Sequence[Request], *, max_images: int, page_size: int, pages: int | None = None) -> int:
@@ -119,17 +128,22 @@ class Decoding:
 
     def keep(self, loop: DecodeLoop) -> None:
         """Takes back the runner of a loop that is done."""
-        if isinstance(loop.runner, EagerRunner | GraphRunner):
+        if isinstance(loop.runner, AnyRunner):
             self._idle = loop.runner
 
     def unload(self) -> None:
         """Free the device's memory; plans can still be made, loops no more."""
-        self._weights = self._idle = None
+        self._weights = self._native = self._idle = None
 
     def _backend(self) -> str:
-        return self.backend or ops.preferred("decode_step", self.device.type)
+        if self.backend is not None:
+            return self.backend
+        on_cpu = self.device.type == "cpu" and ops.native_info()["loaded"]
+        return "native" if on_cpu else ops.preferred("decode_step", self.device.type)
 
-    def _runner(self, cache: KVCache, max_images: int) -> EagerRunner | GraphRunner:
+    def _runner(self, cache: KVCache, max_images: int) -> AnyRunner:
+        if self._native is not None:
+            return NativeRunner(self._native, self.config, cache)
         if not self.graphs:
             return EagerRunner(self.weights, self.config, cache, self.backend)
         return GraphRunner(

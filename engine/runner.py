@@ -60,6 +60,25 @@ class EagerRunner:
         return codes_I
 
 
+class NativeRunner:
+    """One call of compiled code a step, with packed weights and threads of its own; on a CPU.
+
+    ``logits_BV`` as of `EagerRunner`.
+    """
+
+    def __init__(self, decoder: ops.NativeDecoder, config: GPTConfig, cache: KVCache) -> None:
+        self.decoder, self.config, self.cache = decoder, config, cache
+        self.device = cache.k_LPSGD.device
+        self.logits_BV: Tensor | None = None
+
+    def buffers(self, max_images: int) -> ops.StepInputs:
+        return step_buffers(self.config, self.cache.page_size, self.cache.scratch_page, max_images, self.device)
+
+    def step(self, inputs: ops.StepInputs) -> Tensor:
+        codes_I, self.logits_BV = self.decoder.step(self.cache.k_LPSGD, self.cache.v_LPSGD, inputs)
+        return codes_I
+
+
 class Finished(NamedTuple):
     """A complete image: ``codes_T`` int64 [block_size] on the runner's device, there once ``ready`` has happened."""
 

@@ -33,7 +33,7 @@ def check(weights: DecodeWeights, k_cache_LPSGD: Tensor, v_cache_LPSGD: Tensor, 
             f"decode_step: expected caches [{layers}, pages, slots, kv heads, head dim], found "
             f"{tuple(k_cache_LPSGD.shape)}"
         )
-    _check_weights(weights, head_dim)
+    check_weights(weights, head_dim)
     check_cache("decode_step", k_cache_LPSGD, v_cache_LPSGD, (weights.n_kv_head, head_dim), dtype)
     _check_inputs(inputs, wide(dtype))
     check_rope("decode_step", weights.rope_NC2, 1, head_dim)
@@ -43,7 +43,8 @@ def check(weights: DecodeWeights, k_cache_LPSGD: Tensor, v_cache_LPSGD: Tensor, 
     refuse_gradients("decode_step", *tensors)
 
 
-def _check_weights(weights: DecodeWeights, head_dim: int) -> None:
+def check_weights(weights: DecodeWeights, head_dim: int) -> None:
+    """ValueError unless all weights have the shapes and the one dtype of a model with heads so wide."""
     heads, groups, dtype = weights.n_head, weights.n_kv_head, weights.output_VD.dtype
     codes, width = weights.tok_embedding_VD.shape if weights.tok_embedding_VD.dim() == 2 else (-1, -1)
     hidden = weights.w2[0].shape[-1] if weights.w2 else 0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retinar.kernels.decode_step.checks import check_weights
 from retinar.kernels.decode_step.types import DecodeWeights, StepInputs
 from retinar.kernels.native import native_module
 
@@ -35,6 +36,7 @@ class NativeDecoder:
             raise ValueError(f"the native decoder takes float32 and bfloat16, found {dtype}; cast the weights")
         width, rows = weights.tok_embedding_VD.shape[1], weights.wqkv[0].shape[0]
         head_dim = rows // (weights.n_head + 2 * weights.n_kv_head)
+        check_weights(weights, head_dim)
         hidden, self.vocabulary = weights.w2[0].shape[1], weights.output_VD.shape[0]
         layers = zip(
             weights.attention_norm, weights.wqkv, weights.wo, weights.ffn_norm, weights.w13, weights.w2, strict=True
@@ -71,7 +73,9 @@ class NativeDecoder:
         codes_I = torch.empty(inputs.cond_row_I.shape, dtype=torch.int64)
         logits_BV = torch.empty(inputs.tokens_B.shape[0], self.vocabulary)
         scales = k_scale_LPSG, v_scale_LPSG
-        self._decoder.step(k_cache_LPSGD, v_cache_LPSGD, *scales, *(each.contiguous() for each in inputs), codes_I, logits_BV)
+        self._decoder.step(
+            k_cache_LPSGD, v_cache_LPSGD, *scales, *(each.contiguous() for each in inputs), codes_I, logits_BV
+        )
         return codes_I, logits_BV
 
 
