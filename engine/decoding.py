@@ -138,8 +138,9 @@ class Decoding:
     def _backend(self) -> str:
         if self.backend is not None:
             return self.backend
-        on_cpu = self.device.type == "cpu" and ops.native_info()["loaded"]
-        return "native" if on_cpu else ops.preferred("decode_step", self.device.type)
+        preferred = ops.preferred("decode_step", self.device.type)
+        compiled = self.device.type == "cpu" and preferred == "reference" and ops.native_info()["loaded"]
+        return "native" if compiled else preferred
 
     def _runner(self, cache: KVCache, max_images: int) -> AnyRunner:
         if self._native is not None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from retinar.engine import checkpoint
 from retinar.engine.request import Request, SamplingParams, make_request
-from retinar.engine.runner import DecodeLoop, EagerRunner
+from retinar.engine.runner import DecodeLoop, EagerRunner, NativeRunner
 from retinar.engine.sampler import Sampler
+from retinar.kernels import ops
 from tests.conftest import Ran, every_backend
 
 SCALES, INTERVALS = (1.0, 1.5, 4.0), (-1, 5)
@@ -26,13 +27,20 @@ def vectors(golden: Path) -> dict[str, Tensor]:
     return load_file(golden / "gpt_expected.safetensors")
 
 
-def load(golden: Path, name: str) -> Sampler:
-    return Sampler(checkpoint.load_gpt(golden / name, golden / "gpt_config.json"), device="cpu")
+def load(golden: Path, name: str, backend: str | None) -> Sampler:
+    return Sampler(checkpoint.load_gpt(golden / name, golden / "gpt_config.json"), device="cpu", backend=backend)
 
 
-@pytest.fixture(scope="module", params=["gpt_ddp.pt", "gpt_consolidated.pth"])
+@pytest.fixture(
+    scope="module",
+    params=[("gpt_ddp.pt", "native"), ("gpt_consolidated.pth", "native"), ("gpt_ddp.pt", "reference")],
+    ids=lambda each: "-".join(each),
+)
 def sampler(golden: Path, request: pytest.FixtureRequest) -> Sampler:
-    return load(golden, request.param)
+    name, backend = request.param
+    if backend == "native" and not ops.native_info()["loaded"]:
+        pytest.skip(str(ops.native_info()["reason"]))
+    return load(golden, name, backend)
 
 
 def greedy(scale: float, interval: int, labels: list[int], start: int = 0) -> list[Request]:
@@ -67,7 +75,7 @@ def test_first_codes_on_every_backend(ran: Ran, golden: Path, vectors: dict[str,
     """Past the interval, settings of all kinds in one batch; all codes would take the interpreter minutes."""
     labels, codes, settings = vectors["labels"].tolist(), 9, ((1.0, -1), (1.5, -1), (4.0, -1), (4.0, 5))
     requests = [r for n, (scale, interval) in enumerate(settings) for r in greedy(scale, interval, labels, 10 * n)]
-    loop = load(golden, "gpt_ddp.pt").loop(requests, max_images=len(requests), page_size=4)
+    loop = load(golden, "gpt_ddp.pt", ran.backend).loop(requests, max_images=len(requests), page_size=4)
     for request in requests:
         loop.submit(request)
     for _ in range(codes):
@@ -85,7 +93,7 @@ def test_first_codes_on_every_backend(ran: Ran, golden: Path, vectors: dict[str,
 def test_cached_logits(sampler: Sampler, vectors: dict[str, Tensor], page_size: int) -> None:
     requests = greedy(1.5, -1, vectors["labels"].tolist())
     loop: DecodeLoop = sampler.loop(requests, max_images=2, page_size=page_size)
-    assert isinstance(loop.runner, EagerRunner)
+    assert isinstance(loop.runner, EagerRunner | NativeRunner)
     for request in requests:
         loop.submit(request)
     loop.scheduler.admit()
