@@ -14,6 +14,7 @@ from retinar.engine.errors import InputError
 from retinar.engine.graphs import GraphRunner
 from retinar.engine.kv_cache import KVCache, check_pool, pool_pages
 from retinar.engine.model import GPT
+from retinar.engine.precision import Precision
 from retinar.engine.progress import Progress, silent
 from retinar.engine.request import Request
 from retinar.engine.runner import DecodeLoop, EagerRunner, NativeRunner
@@ -45,21 +46,22 @@ def check_limits(max_images: int, page_size: int, pages: int | None) -> None:
 
 
 class Decoding:
-    """A transformer's weights in ``dtype`` on ``device``, ready for decode loops.
+    """A transformer's weights in a ``precision`` on ``device``, ready for decode loops.
 
     ``backend``: one of ``decode_step``'s; "native", a CPU's compiled decoder; or None for the device's first.
     ``batch_invariant`` as in `GraphRunner`.
     """
 
     def __init__(
-        self, gpt: GPT, device: torch.device, dtype: torch.dtype, backend: str | None, batch_invariant: bool
+        self, gpt: GPT, device: torch.device, precision: Precision, backend: str | None, batch_invariant: bool
     ) -> None:
-        self.config, self.device, self.dtype = gpt.config, device, dtype
+        self.config, self.device, self.precision = gpt.config, device, precision
         self.backend, self.batch_invariant = backend, batch_invariant
-        self._weights: ops.DecodeWeights | None = gpt.to(device).decode_weights(dtype)
+        self._weights: ops.DecodeWeights | None = gpt.to(device).decode_weights(precision.dtype)
         self._native: ops.NativeDecoder | None = None
         if self._backend() == "native":
-            self._native = ops.NativeDecoder(self.weights, threads=torch.get_num_threads())
+            threads = torch.get_num_threads()
+            self._native = ops.NativeDecoder(self.weights, int8=precision.int8_weights, threads=threads)
             self._weights = None  # packed, they need not be there twice
         self._idle: AnyRunner | None = None
         self._asked: WeakKeyDictionary[AnyRunner, Asked] = WeakKeyDictionary()
@@ -91,7 +93,7 @@ class Decoding:
         most = self._most(requests, page_size)
         if pages is None:
             wanted = most * min(max_images, len(requests))
-            return pool_pages(wanted, most, self.config, page_size, self.dtype, self.device)
+            return pool_pages(wanted, most, self.config, page_size, self.precision.cache_dtype, self.device)
         check_fits(most, page_size, pages)
         return pages
 
@@ -117,7 +119,8 @@ class Decoding:
         if runner is None or not self._asked[runner].covers(asked) or runner.cache.pages < most:
             runner = None  # its cache is freed before free memory is asked for, and the next one made
             planned = self.plan(requests, max_images=max_images, page_size=page_size, pages=pages)
-            cache = KVCache(self.config, pages=planned, page_size=page_size, dtype=self.dtype, device=self.device)
+            dtype = self.precision.cache_dtype
+            cache = KVCache(self.config, pages=planned, page_size=page_size, dtype=dtype, device=self.device)
             runner = self._runner(cache, wanted)
             self._asked[runner] = asked
         loop = DecodeLoop(runner, wanted)  # which clears the runner's inputs

@@ -56,7 +56,8 @@ class PageAllocator:
 
 
 class KVCache:
-    """Keys and values [L, P + 1, S, G, D] (layers, pages, slots, kv heads, head dim), fp32 or bf16.
+    """Keys and values [L, P + 1, S, G, D] (layers, pages, slots, kv heads, head dim): fp32, bf16, or int8 with fp32
+    scales [L, P + 1, S, G].
 
     The last page, ``scratch_page``, belongs to no image: the padding rows of a step write there.
     The memory starts as zeros (pages that the system hands out lazily on a CPU) and is never cleared again: no result
@@ -72,6 +73,8 @@ class KVCache:
         try:
             self.k_LPSGD = torch.zeros(shape, dtype=dtype, device=device)
             self.v_LPSGD = torch.zeros(shape, dtype=dtype, device=device)
+            scales = [torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None for _ in range(2)]
+            self.k_scale_LPSG, self.v_scale_LPSG = scales
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
             size = (pages + 1) * page_bytes(config, page_size, dtype) / 2**30
             raise InputError(
@@ -93,8 +96,9 @@ def pages_for(positions: int, page_size: int) -> int:
 
 
 def page_bytes(config: GPTConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers, keys and values."""
-    return 2 * config.n_layer * page_size * config.kv_heads * config.head_dim * dtype.itemsize
+    """Bytes of one page over all layers, keys and values, with the scales of int8."""
+    head = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+    return 2 * config.n_layer * page_size * config.kv_heads * head
 
 
 def pool_pages(

@@ -14,8 +14,9 @@ import torch
 
 from retinar.engine import provenance
 from retinar.engine.errors import InputError
+from retinar.engine.precision import PRECISIONS
 from retinar.engine.progress import Progress, plain
-from retinar.engine.sampler import DTYPES, Sampler
+from retinar.engine.sampler import Sampler
 from retinar.kernels import ops
 
 
@@ -36,7 +37,7 @@ def reproduce(
     """
     found = provenance.read(file)
     recorded = found.implementation
-    if found.fields["dtype"] not in DTYPES:
+    if found.fields["dtype"] not in PRECISIONS:
         raise InputError(f"the provenance in {file} is damaged (dtype {found.fields['dtype']}); use the original file")
     model, tokenizer, config = _origin(Path(file), model, tokenizer, config)
     with _threads(recorded.get("threads")):
@@ -44,7 +45,7 @@ def reproduce(
             model,
             tokenizer,
             _device(recorded),
-            DTYPES[found.fields["dtype"]],
+            found.fields["dtype"],
             config=config,
             backend=_backend(recorded),
             batch_invariant=bool(recorded.get("batch_invariant")),

@@ -75,7 +75,10 @@ class NativeRunner:
         return step_buffers(self.config, self.cache.page_size, self.cache.scratch_page, max_images, self.device)
 
     def step(self, inputs: ops.StepInputs) -> Tensor:
-        codes_I, self.logits_BV = self.decoder.step(self.cache.k_LPSGD, self.cache.v_LPSGD, inputs)
+        cache = self.cache
+        codes_I, self.logits_BV = self.decoder.step(
+            cache.k_LPSGD, cache.v_LPSGD, inputs, cache.k_scale_LPSG, cache.v_scale_LPSG
+        )
         return codes_I
 
 

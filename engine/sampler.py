@@ -23,20 +23,20 @@ from retinar.engine.device import find_device
 from retinar.engine.errors import InputError
 from retinar.engine.model import GPT
 from retinar.engine.pipeline import DECODE_BATCH, WAVES, Developer, Sampled, Steps, default_workers, develop
+from retinar.engine.precision import find_precision
 from retinar.engine.progress import Progress, silent
 from retinar.engine.request import Request, SamplingParams, make_request, resolve_label
 from retinar.engine.runner import DecodeLoop
 from retinar.engine.tokenizer import VQTokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class Sampler:
     """A transformer, its tokenizer and their origin, ready to sample.
 
-    ``dtype`` is that of weights and cache (float32 or bfloat16; by default float32 on a CPU and bfloat16 on a GPU); the
-    tokenizer decodes in fp32. ``tokenizer`` may be None where only codes are wanted, and is switched to evaluation.
-    ``digest`` and ``tokenizer_digest`` identify the files for the provenance.
+    ``dtype`` is a precision by name (`retinar.engine.precision`) or torch's float32 or bfloat16: that of weights and
+    cache, by default float32 on a CPU and bfloat16 on a GPU. ``tokenizer`` may be None where only codes are wanted, and
+    is switched to evaluation; it decodes in fp32. ``digest`` and ``tokenizer_digest`` identify the files for the
+    provenance.
 
     ``batch_invariant``: bits do not depend on what is made at the same time, which on a CPU always holds. On a GPU it
     costs speed (`make gpu` measures how much): without it products of many rows are torch's, whose sums depend on the
@@ -52,14 +52,12 @@ class Sampler:
         digest: str = provenance.UNSAVED,
         tokenizer_digest: str = provenance.UNSAVED,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str | None = None,
         batch_invariant: bool = False,
     ) -> None:
         self.device = find_device(device)
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        if self.dtype not in DTYPES.values():
-            raise InputError(f"dtype must be float32 or bfloat16, got {dtype}; choose one of them")
+        self.precision = find_precision(dtype, self.device, backend)
         self.classes = tuple(classes)
         self.batch_invariant = batch_invariant or self.device.type == "cpu"
         self.config = gpt.config
@@ -73,12 +71,12 @@ class Sampler:
                 f"the transformer draws from {gpt.config.vocab_size} codes and the tokenizer has "
                 f"{tokenizer.config.codebook_size}; give the tokenizer that the transformer was trained with"
             )
-        self.decoding = Decoding(gpt, self.device, self.dtype, backend, self.batch_invariant)
+        self.decoding = Decoding(gpt, self.device, self.precision, backend, self.batch_invariant)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device).eval()
         self.origin = provenance.Origin(
             checkpoint=digest,
             tokenizer=tokenizer_digest,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.precision.name,
             implementation=self.decoding.implementation(),
             classes=self.classes,
             vocab_size=gpt.config.vocab_size,
@@ -90,7 +88,7 @@ class Sampler:
         path: Path | str,
         tokenizer: Path | str | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         *,
         config: ConfigSource | None = None,
         tokenizer_config: ConfigSource | None = None,

@@ -42,7 +42,7 @@ class Source:
     model: Path
     tokenizer: Path | None = None
     config: str | None = None
-    dtype: torch.dtype | None = None
+    dtype: str | None = None
     batch_invariant: bool = False
 
     def load(self, device: str | None) -> Sampler:

@@ -12,6 +12,7 @@ from retinar.engine.decoding import Decoding
 from retinar.engine.errors import InputError
 from retinar.engine.graphs import GraphRunner
 from retinar.engine.model import GPT
+from retinar.engine.precision import PRECISIONS
 from retinar.engine.request import Request, SamplingParams, make_request
 from retinar.engine.runner import DecodeLoop, Runner
 
@@ -24,7 +25,7 @@ def requests(count: int, scale: float = 2.0) -> list[Request]:
 
 @pytest.fixture
 def made(tiny_gpt: GPT) -> Decoding:
-    return Decoding(tiny_gpt, CPU, torch.float32, "reference", batch_invariant=True)
+    return Decoding(tiny_gpt, CPU, PRECISIONS["float32"], "reference", batch_invariant=True)
 
 
 def run(loop: DecodeLoop, asked: list[Request]) -> dict[int, list[int]]:

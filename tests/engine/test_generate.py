@@ -433,7 +433,7 @@ def test_the_command_hands_on_what_was_asked_for(
     if gpus == 1:
         command.device = "cpu"
     command.run(silent)
-    source = Source(tiny_checkpoint, dtype=torch.bfloat16, batch_invariant=True)
+    source = Source(tiny_checkpoint, dtype="bfloat16", batch_invariant=True)
     devices = [f"cuda:{number}" for number in range(gpus)]
     assert given["make"] == (generate.make_here if gpus == 1 else Shards(source, devices))
     assert loaded == (["cpu"] if gpus == 1 else ["cuda:0"])
