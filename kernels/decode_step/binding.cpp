@@ -71,7 +71,7 @@ class Decoder {
             const std::optional<Output>& value_scales, const Input& tokens, const Input& positions, const Input& table,
             const Input& cond_row, const Input& null_row, const Input& cfg_scale, const Input& temperature,
             const Input& top_k, const Input& top_p, const Input& seed, const Input& index, const Output& codes,
-            const Output& logits) {
+            const Output& logits, const std::optional<Output>& seconds) {
     expect(keys.ndim() == 5 && keys.shape(0) == model_.layers.size() && table.ndim() == 2,
            "step: expected caches [layers, pages, slots, groups, head_dim] and a table [rows, columns]");
     const Step step{static_cast<std::int64_t>(tokens.shape(0)),
@@ -95,7 +95,8 @@ class Decoder {
                     static_cast<std::int64_t>(keys.shape(1)),
                     static_cast<std::int64_t>(keys.shape(2)),
                     static_cast<float*>(logits.data()),
-                    static_cast<std::int64_t*>(codes.data())};
+                    static_cast<std::int64_t*>(codes.data()),
+                    seconds ? static_cast<double*>(seconds->data()) : nullptr};
     const nb::gil_scoped_release released;
     scratch_.prepare(model_, step, pool_.threads());
     run_({model_, step, scratch_, pool_});
@@ -144,7 +145,11 @@ void decode_step(nb::module_& module) {
                     const std::optional<std::string>&>(),
            "sizes"_a, "eps"_a, "embeddings"_a, "layers"_a, "norm"_a, "output"_a, "rope"_a, "threads"_a, "pin"_a,
            "isa"_a.none() = nb::none())
-      .def("step", &Decoder::step, "One step; writes the caches, codes [images] and logits [rows, vocabulary].");
+      .def("step", &Decoder::step, "keys"_a, "values"_a, "key_scales"_a.none(), "value_scales"_a.none(), "tokens"_a,
+           "positions"_a, "table"_a, "cond_row"_a, "null_row"_a, "cfg_scale"_a, "temperature"_a, "top_k"_a, "top_p"_a,
+           "seed"_a, "index"_a, "codes"_a, "logits"_a, "seconds"_a = nb::none(),
+           "One step; writes the caches, codes [images] and logits [rows, vocabulary]; adds to float64 seconds [phases].");
+  module.attr("phases") = nb::make_tuple("embedding", "norms", "wqkv", "attention", "wo", "w13", "w2", "output", "sample");
 }
 
 }  // namespace retinar::binding

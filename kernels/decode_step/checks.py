@@ -35,7 +35,7 @@ def check(weights: DecodeWeights, k_cache_LPSGD: Tensor, v_cache_LPSGD: Tensor, 
         )
     check_weights(weights, head_dim)
     check_cache("decode_step", k_cache_LPSGD, v_cache_LPSGD, (weights.n_kv_head, head_dim), dtype)
-    _check_inputs(inputs, wide(dtype))
+    check_inputs(inputs, wide(dtype))
     check_rope("decode_step", weights.rope_NC2, 1, head_dim)
     fields = [each for each in weights if not isinstance(each, int | float)]
     tensors = [tensor for each in fields for tensor in (each if isinstance(each, list) else [each])]
@@ -79,7 +79,7 @@ def check_weights(weights: DecodeWeights, head_dim: int) -> None:
         raise ValueError(f"decode_step: expected one weight a layer in every list, found {lengths}")
 
 
-def _check_inputs(inputs: StepInputs, floats: torch.dtype) -> None:
+def check_inputs(inputs: StepInputs, floats: torch.dtype) -> None:
     rows, images = inputs.tokens_B.shape[0] if inputs.tokens_B.dim() == 1 else 0, inputs.cond_row_I.numel()
     if rows < 1 or inputs.tokens_B.dtype != torch.int64:
         raise ValueError(

@@ -3,6 +3,8 @@
 // depend neither on the number of threads nor on that of rows.
 #include "decode_step/cpu.h"
 
+#include <time.h>
+
 #include "cfg_sample/filter.h"
 #include "linear/panels.h"
 #include "paged_attention/rows.h"
@@ -11,6 +13,12 @@
 
 namespace retinar::RETINAR_ISA {
 namespace {
+
+double now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
 
 // Rounds a row to int8 with one scale, which it returns; zeros up to the next multiple of four.
 float quantise(const float* x, Quantised* out, std::int64_t count) {
@@ -75,24 +83,47 @@ class Walk {
 
   template <typename X>
   void walk(int thread) {
+    double then = thread == 0 && step.seconds != nullptr ? now() : 0.0;
+    const auto done = [&](Phase phase) {
+      if (thread != 0 || step.seconds == nullptr) return;
+      const double time = now();
+      step.seconds[phase] += time - then;
+      then = time;
+    };
     embed(thread);
+    done(embedding);
     for (std::size_t layer = 0; layer < model.layers.size(); ++layer) {
       const Layer& weights = model.layers[layer];
       norm_rows<X>(weights.attention_norm, thread);
-      into(weights.wqkv, ready(normed, width, model.dim, true, thread), qkv, qkv_width, thread);
+      Rows x = ready(normed, width, model.dim, true, thread);
+      done(norms);
+      into(weights.wqkv, x, qkv, qkv_width, thread);
+      done(qkv_product);
       if (step.key_scales != nullptr) {
         attention<X, std::int8_t>(static_cast<std::int64_t>(layer), thread);
       } else {
         attention<X, T>(static_cast<std::int64_t>(layer), thread);
       }
-      onto_residual(weights.wo, ready(heads, heads_width, model.heads * model.head_dim, false, thread), thread);
+      x = ready(heads, heads_width, model.heads * model.head_dim, false, thread);
+      done(attending);
+      onto_residual(weights.wo, x, thread);
+      done(wo_product);
       norm_rows<X>(weights.ffn_norm, thread);
-      gated<X>(weights.w13, ready(normed, width, model.dim, true, thread), thread);
-      onto_residual(weights.w2, ready(hidden, hidden_width, model.hidden, false, thread), thread);
+      x = ready(normed, width, model.dim, true, thread);
+      done(norms);
+      gated<X>(weights.w13, x, thread);
+      x = ready(hidden, hidden_width, model.hidden, false, thread);
+      done(w13_product);
+      onto_residual(weights.w2, x, thread);
+      done(w2_product);
     }
     norm_rows<X>(model.norm, thread);
-    logits(ready(normed, width, model.dim, true, thread), thread);
+    const Rows x = ready(normed, width, model.dim, true, thread);
+    done(norms);
+    logits(x, thread);
+    done(output_product);
     sample(thread);
+    done(drawing);
   }
 
   void embed(int thread) {

@@ -53,7 +53,11 @@ struct Step {
   std::int64_t pages, page_slots;
   float* logits;        // [rows, vocabulary]
   std::int64_t* codes;  // [images]
+  double* seconds;      // of each phase, added up by the calling thread, waiting for the others included; or null
 };
+
+enum Phase { embedding, norms, qkv_product, attending, wo_product, w13_product, w2_product, output_product, drawing };
+constexpr int phases = 9;
 
 // Memory between the ops of a step, kept from one to the next. Rows are padded to whole vectors.
 class Scratch {
