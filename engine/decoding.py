@@ -49,11 +49,18 @@ class Decoding:
     """A transformer's weights in a ``precision`` on ``device``, ready for decode loops.
 
     ``backend``: one of ``decode_step``'s; "native", a CPU's compiled decoder; or None for the device's first.
-    ``batch_invariant`` as in `GraphRunner`.
+    ``batch_invariant`` as in `GraphRunner`. ``pin``: the compiled decoder's threads, of which there are as many as torch
+    has when this is made, each to a processor of its own.
     """
 
     def __init__(
-        self, gpt: GPT, device: torch.device, precision: Precision, backend: str | None, batch_invariant: bool
+        self,
+        gpt: GPT,
+        device: torch.device,
+        precision: Precision,
+        backend: str | None,
+        batch_invariant: bool,
+        pin: bool = False,
     ) -> None:
         self.config, self.device, self.precision = gpt.config, device, precision
         self.backend, self.batch_invariant = backend, batch_invariant
@@ -61,7 +68,7 @@ class Decoding:
         self._native: ops.NativeDecoder | None = None
         if self._backend() == "native":
             threads = torch.get_num_threads()
-            self._native = ops.NativeDecoder(self.weights, int8=precision.int8_weights, threads=threads)
+            self._native = ops.NativeDecoder(self.weights, int8=precision.int8_weights, threads=threads, pin=pin)
             self._weights = None  # packed, they need not be there twice
         self._idle: AnyRunner | None = None
         self._asked: WeakKeyDictionary[AnyRunner, Asked] = WeakKeyDictionary()

@@ -40,7 +40,7 @@ class Sampler:
 
     ``batch_invariant``: bits do not depend on what is made at the same time, which on a CPU always holds. On a GPU it
     costs speed (`make gpu` measures how much): without it products of many rows are torch's, whose sums depend on the
-    number of rows, and images are decoded in batches.
+    number of rows, and images are decoded in batches. ``pin`` as in `Decoding`.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Sampler:
         dtype: torch.dtype | str | None = None,
         backend: str | None = None,
         batch_invariant: bool = False,
+        pin: bool = False,
     ) -> None:
         self.device = find_device(device)
         self.precision = find_precision(dtype, self.device, backend)
@@ -71,7 +72,7 @@ class Sampler:
                 f"the transformer draws from {gpt.config.vocab_size} codes and the tokenizer has "
                 f"{tokenizer.config.codebook_size}; give the tokenizer that the transformer was trained with"
             )
-        self.decoding = Decoding(gpt, self.device, self.precision, backend, self.batch_invariant)
+        self.decoding = Decoding(gpt, self.device, self.precision, backend, self.batch_invariant, pin)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device).eval()
         self.origin = provenance.Origin(
             checkpoint=digest,
@@ -94,6 +95,7 @@ class Sampler:
         tokenizer_config: ConfigSource | None = None,
         backend: str | None = None,
         batch_invariant: bool = False,
+        pin: bool = False,
     ) -> Sampler:
         """Load a checkpoint (our folder or an upstream file). The tokenizer is the folder's own unless given.
 
@@ -115,6 +117,7 @@ class Sampler:
             dtype=dtype,
             backend=backend,
             batch_invariant=batch_invariant,
+            pin=pin,
         )
 
     def requests(

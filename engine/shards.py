@@ -44,10 +44,17 @@ class Source:
     config: str | None = None
     dtype: str | None = None
     batch_invariant: bool = False
+    pin: bool = False
 
     def load(self, device: str | None) -> Sampler:
         return Sampler.from_pretrained(
-            self.model, self.tokenizer, device, self.dtype, config=self.config, batch_invariant=self.batch_invariant
+            self.model,
+            self.tokenizer,
+            device,
+            self.dtype,
+            config=self.config,
+            batch_invariant=self.batch_invariant,
+            pin=self.pin,
         )
 
 
