@@ -7,8 +7,9 @@ NATIVE := $(wildcard kernels/native/* kernels/*/cpu.cpp)
 DEVICE ?= cuda
 DATA ?=
 OUT ?= runs/model
+SANITIZED := build/sanitize
 
-.PHONY: setup demo test slow lint format typecheck docs bench gpu model clean
+.PHONY: setup demo test slow sanitize lint format typecheck docs bench gpu model clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,16 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow --require-native
+
+# The native tests on a module that stops at bad addresses and undefined behaviour (GCC on Linux). Its runtimes must be in
+# the process before Python, and fresh memory holds NaN. TESTS="-k portable" and the like run fewer.
+sanitize: setup
+	$(BIN)/python -m pip install --quiet "nanobind>=2.4" "cmake>=3.24"
+	$(BIN)/cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DRETINAR_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build $(SANITIZED) --parallel 2
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
+	$(BIN)/python tests/sanitize.py $(SANITIZED)/_native.*.so -p no:cacheprovider $(wildcard tests/kernels/test_native*.py) $(TESTS)
 
 lint: setup typecheck
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from torch import Tensor
 from retinar.engine import images, provenance
 from retinar.engine.request import Request
 from retinar.engine.runner import Finished
-from retinar.engine.tokenizer import VQTokenizer
+from retinar.engine.vq_decoder import ImageDecoder
 
 T = TypeVar("T")
 Steps = Generator[Sequence[Finished], None, None]
@@ -53,16 +53,16 @@ class Developed(NamedTuple):
 
 
 class Developer:
-    """The tokenizer's decoder, and the origin that all its images share.
+    """A decoder (the tokenizer, or a prepared copy of its decoder), and the origin that all its images share.
 
     ``grid`` codes a side; up to ``batch`` images of one step are decoded together. With a batch of 1 the bits of an
     image depend on no other.
     """
 
     def __init__(
-        self, tokenizer: VQTokenizer, origin: provenance.Origin, grid: int, device: torch.device, batch: int = 1
+        self, decoder: ImageDecoder, origin: provenance.Origin, grid: int, device: torch.device, batch: int = 1
     ) -> None:
-        self.tokenizer, self.origin, self.grid, self.device, self.batch = tokenizer, origin, grid, device, batch
+        self.decoder, self.origin, self.grid, self.device, self.batch = decoder, origin, grid, device, batch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()  # a thread's own mode: the caller's does not reach it
@@ -71,7 +71,7 @@ class Developer:
         codes_Bhw = codes_BT.to(self.device).view(-1, self.grid, self.grid)
         # fp32 is fp32, and the algorithm depends on shapes alone. The flags are the process's: nobody else convolves.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            return images.to_bytes(self.tokenizer.decode(codes_Bhw))
+            return images.to_bytes(self.decoder.decode(codes_Bhw))
 
     def groups(self, finished: Sequence[Finished]) -> Iterator[Sequence[Finished]]:
         """The batches of a step's images. Of one step only, so that they do not depend on the clock."""

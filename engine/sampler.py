@@ -28,6 +28,7 @@ from retinar.engine.progress import Progress, silent
 from retinar.engine.request import Request, SamplingParams, make_request, resolve_label
 from retinar.engine.runner import DecodeLoop
 from retinar.engine.tokenizer import VQTokenizer
+from retinar.engine.vq_decoder import fast_decoder
 
 
 class Sampler:
@@ -35,8 +36,8 @@ class Sampler:
 
     ``dtype`` is a precision by name (`retinar.engine.precision`) or torch's float32 or bfloat16: that of weights and
     cache, by default float32 on a CPU and bfloat16 on a GPU. ``tokenizer`` may be None where only codes are wanted, and
-    is switched to evaluation; it decodes in fp32. ``digest`` and ``tokenizer_digest`` identify the files for the
-    provenance.
+    is switched to evaluation; it decodes in fp32, or on a CPU by a copy that `fast_decoder` makes for ``dtype``.
+    ``digest`` and ``tokenizer_digest`` identify the files for the provenance.
 
     ``batch_invariant``: bits do not depend on what is made at the same time, which on a CPU always holds. On a GPU it
     costs speed (`make gpu` measures how much): without it products of many rows are torch's, whose sums depend on the
@@ -74,11 +75,12 @@ class Sampler:
             )
         self.decoding = Decoding(gpt, self.device, self.precision, backend, self.batch_invariant, pin)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device).eval()
+        self.fast_decoder = None if tokenizer is None else fast_decoder(tokenizer, self.device, self.precision.dtype)
         self.origin = provenance.Origin(
             checkpoint=digest,
             tokenizer=tokenizer_digest,
             dtype=self.precision.name,
-            implementation=self.decoding.implementation(),
+            implementation=self.decoding.implementation() | ({"decoder": "bfloat16"} if self.fast_decoder else {}),
             classes=self.classes,
             vocab_size=gpt.config.vocab_size,
         )
@@ -214,6 +216,7 @@ class Sampler:
         makes nothing more.
         """
         self.decoding.unload()
+        self.fast_decoder = None
         if self.tokenizer is not None:
             self.tokenizer.to("meta")
         if self.device.type == "cuda":
@@ -243,7 +246,8 @@ class Sampler:
 
     def _developer(self) -> Developer:
         batch = 1 if self.batch_invariant else DECODE_BATCH
-        return Developer(self.require_tokenizer(), self.origin, self.config.grid, self.device, batch)
+        decoder = self.fast_decoder or self.require_tokenizer()
+        return Developer(decoder, self.origin, self.config.grid, self.device, batch)
 
     def _run(
         self, requests: Sequence[Request], max_images: int | None, page_size: int, pages: int | None, progress: Progress

@@ -106,12 +106,7 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Codes [B, h, w] int64 -> images [B, 3, H, W] in fp32, about [-1, 1], not clamped."""
-        size = self.config.codebook_size
-        if codes_Bhw.ndim != 3 or (codes_Bhw.numel() and not 0 <= int(codes_Bhw.min()) <= int(codes_Bhw.max()) < size):
-            raise InputError(
-                f"Expected codes [B, h, w] from 0 to {size - 1}, found shape {list(codes_Bhw.shape)} "
-                "or codes outside: give this tokenizer's own codes."
-            )
+        check_codes(codes_Bhw, self.config.codebook_size)
         return self.decode_latents(self.quantize.lookup(codes_Bhw))
 
     def forward(self, images_BCHW: Tensor, *, quantized: bool = True) -> TokenizerOutput:
@@ -130,6 +125,15 @@ class VQTokenizer(nn.Module):
         codebook_loss, commitment_loss = self.quantize.losses(z_BChw, codes_Bhw)
         usage = self.quantize.track(codes_Bhw) if self.training else 0.0
         return TokenizerOutput(self.decode_latents(quantized_BChw), codes_Bhw, codebook_loss, commitment_loss, usage)
+
+
+def check_codes(codes_Bhw: Tensor, size: int) -> None:
+    """InputError unless ``codes_Bhw`` is [B, h, w] with codes of a codebook of ``size``."""
+    if codes_Bhw.ndim != 3 or (codes_Bhw.numel() and not 0 <= int(codes_Bhw.min()) <= int(codes_Bhw.max()) < size):
+        raise InputError(
+            f"Expected codes [B, h, w] from 0 to {size - 1}, found shape {list(codes_Bhw.shape)} "
+            "or codes outside: give this tokenizer's own codes."
+        )
 
 
 def _rows(z_BChw: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -40,7 +40,8 @@ class Decoder {
   Decoder(const std::vector<std::int64_t>& sizes, float eps, const std::vector<Input>& embeddings,
           const std::vector<std::vector<Input>>& layers, const Input& norm, const Input& output, const Input& rope,
           int threads, bool pin, const std::optional<std::string>& isa)
-      : run_(RETINAR_SELECT(choose(isa), decode_step)), pool_(threads, pin) {
+      : run_(RETINAR_SELECT(choose(isa), decode_step)), pool_(threads < 1 ? 1 : threads, pin) {
+    expect(threads >= 1, "Decoder: expected at least one thread");
     expect(sizes.size() == 6, "Decoder: expected dim, heads, groups, head_dim, hidden, vocabulary");
     expect(embeddings.size() == 2, "Decoder: expected class and code embeddings");
     model_.bfloat16 = is_bfloat16(norm.dtype());
@@ -51,6 +52,8 @@ class Decoder {
     model_.head_dim = sizes[3];
     model_.hidden = sizes[4];
     model_.vocabulary = sizes[5];
+    model_.classes = static_cast<std::int64_t>(embeddings[0].shape(0));
+    model_.positions = static_cast<std::int64_t>(rope.shape(0));
     model_.eps = eps;
     model_.class_embedding = keep(embeddings[0]);
     model_.code_embedding = keep(embeddings[1]);
@@ -97,12 +100,34 @@ class Decoder {
                     static_cast<float*>(logits.data()),
                     static_cast<std::int64_t*>(codes.data()),
                     seconds ? static_cast<double*>(seconds->data()) : nullptr};
+    check(step);
     const nb::gil_scoped_release released;
+    const std::lock_guard<std::mutex> alone(busy_);
     scratch_.prepare(model_, step, pool_.threads());
     run_({model_, step, scratch_, pool_});
   }
 
  private:
+  // Everything that is used as an index: a wrong one would read somewhere else.
+  void check(const Step& step) const {
+    for (std::int64_t row = 0; row < step.rows; ++row) {
+      const std::int64_t position = step.positions[row], token = step.tokens[row];
+      expect(position >= 0 && position < model_.positions && position < step.columns * step.page_slots,
+             "step: expected positions that the rope table and the block table reach");
+      expect(token >= 0 && token < (position == 0 ? model_.classes : model_.vocabulary),
+             "step: expected a class at position 0 and a code elsewhere");
+      for (std::int64_t column = 0; column <= position / step.page_slots; ++column) {
+        const std::int32_t page = step.table[row * step.columns + column];
+        expect(page >= 0 && page < step.pages, "step: expected pages of the cache in the block table");
+      }
+    }
+    for (std::int64_t image = 0; image < step.images; ++image) {
+      expect(step.cond_row[image] >= 0 && step.cond_row[image] < step.rows && step.null_row[image] >= -1 &&
+                 step.null_row[image] < step.rows,
+             "step: expected rows of the step for every image");
+    }
+  }
+
   const void* keep(const Input& array) {
     kept_.push_back(array);
     return array.data();
@@ -121,6 +146,7 @@ class Decoder {
   Scratch scratch_;
   Pool pool_;
   std::vector<Input> kept_;
+  std::mutex busy_;  // one scratch, one pool: one step at a time
 };
 
 }  // namespace
@@ -145,9 +171,11 @@ void decode_step(nb::module_& module) {
                     const std::optional<std::string>&>(),
            "sizes"_a, "eps"_a, "embeddings"_a, "layers"_a, "norm"_a, "output"_a, "rope"_a, "threads"_a, "pin"_a,
            "isa"_a.none() = nb::none())
-      .def("step", &Decoder::step, "keys"_a, "values"_a, "key_scales"_a.none(), "value_scales"_a.none(), "tokens"_a,
+      .def("step", &Decoder::step, "keys"_a.noconvert(), "values"_a.noconvert(),
+           "key_scales"_a.noconvert().none(), "value_scales"_a.noconvert().none(), "tokens"_a,
            "positions"_a, "table"_a, "cond_row"_a, "null_row"_a, "cfg_scale"_a, "temperature"_a, "top_k"_a, "top_p"_a,
-           "seed"_a, "index"_a, "codes"_a, "logits"_a, "seconds"_a = nb::none(),
+           "seed"_a, "index"_a, "codes"_a.noconvert(), "logits"_a.noconvert(),
+           "seconds"_a.noconvert().none() = nb::none(),
            "One step; writes the caches, codes [images] and logits [rows, vocabulary]; adds to float64 seconds [phases].");
   module.attr("phases") = nb::make_tuple("embedding", "norms", "wqkv", "attention", "wo", "w13", "w2", "output", "sample");
 }

@@ -22,13 +22,9 @@ double now() {
 
 // Rounds a row to int8 with one scale, which it returns; zeros up to the next multiple of four.
 float quantise(const float* x, Quantised* out, std::int64_t count) {
-  const float most = largest(x, count);
-  const float factor = most > 0.0f ? 127.0f / most : 0.0f;
-  for (std::int64_t i = 0; i < count; ++i) {
-    out[i] = static_cast<Quantised>(static_cast<std::int32_t>(__builtin_rintf(x[i] * factor)) + quantised_zero);
-  }
+  const float scale = to_int8(x, out, count, quantised_zero);
   for (std::int64_t i = count; i % 4 != 0; ++i) out[i] = quantised_zero;
-  return most / 127.0f;
+  return scale;
 }
 
 template <typename T>

@@ -22,7 +22,7 @@ struct Layer {
 struct Model {
   bool bfloat16;
   Kind kind;
-  std::int64_t dim, heads, groups, head_dim, hidden, vocabulary, classes;
+  std::int64_t dim, heads, groups, head_dim, hidden, vocabulary, classes, positions;
   float eps;
   const void* class_embedding;  // [classes, dim]
   const void* code_embedding;   // [vocabulary, dim]

@@ -89,6 +89,11 @@ class NativeDecoder:
         ValueError for dtypes and shapes that do not fit; tokens, positions, rows and page numbers are trusted.
         """
         self._check(k_cache_LPSGD, v_cache_LPSGD, inputs, k_scale_LPSG, v_scale_LPSG)
+        if seconds is not None and (seconds.dtype != torch.float64 or seconds.shape != (len(self.phases),)):
+            raise ValueError(
+                f"decode_step: expected seconds as torch.float64 [{len(self.phases)}], found {seconds.dtype} "
+                f"{tuple(seconds.shape)}"
+            )
         codes_I = torch.empty(inputs.cond_row_I.shape, dtype=torch.int64)
         logits_BV = torch.empty(inputs.tokens_B.shape[0], self.vocabulary)
         caches = k_cache_LPSGD, v_cache_LPSGD, k_scale_LPSG, v_scale_LPSG
@@ -105,8 +110,8 @@ class NativeDecoder:
         int8 = k_cache.dtype == torch.int8 or any(each is not None for each in scales)
         check_cache("decode_step", k_cache, v_cache, self._heads, torch.int8 if int8 else self._dtype)
         for each in scales if int8 else ():
-            fits = each is not None and each.shape == k_cache.shape[:-1] and each.dtype == torch.float32
-            if not fits or not each.is_contiguous():
+            fits = each is not None and each.dtype == torch.float32 and each.is_contiguous()
+            if each is None or not fits or each.shape != k_cache.shape[:-1]:
                 found = None if each is None else f"{each.dtype} {tuple(each.shape)}"
                 raise ValueError(
                     f"decode_step: expected scales of int8 caches contiguous in torch.float32 "

@@ -12,6 +12,7 @@
 
 #include "native/binding.h"
 #include "native/isa.h"
+#include "philox/cpu.h"
 #include "rms_norm/cpu.h"
 
 namespace nb = nanobind;
@@ -74,6 +75,23 @@ void rms_norm(const Input& x, const Input& weight, const Output& out, float eps,
   run(call);
 }
 
+std::vector<std::uint32_t> philox(const std::vector<std::uint32_t>& counter, std::uint64_t seed,
+                                  const std::optional<std::string>& isa) {
+  if (counter.size() != 4) throw std::invalid_argument("philox: expected a counter of four words");
+  retinar::Words call{{counter[0], counter[1], counter[2], counter[3]}, seed, {}};
+  RETINAR_SELECT(choose(isa), philox_words)(call);
+  return {call.out, call.out + 4};
+}
+
+void gumbel_noise(std::uint64_t seed, std::uint32_t index, std::uint32_t position, const Output& out,
+                  const std::optional<std::string>& isa) {
+  if (out.ndim() != 1 || out.dtype() != nb::dtype<float>()) {
+    throw std::invalid_argument("gumbel_noise: expected out float32 [vocabulary]");
+  }
+  RETINAR_SELECT(choose(isa), gumbel_row)
+  ({seed, index, position, static_cast<float*>(out.data()), static_cast<std::int64_t>(out.shape(0))});
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -82,5 +100,8 @@ NB_MODULE(_native, module) {
   module.def("isas", &runnable, "The instruction sets that this processor can run.");
   module.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "out"_a.noconvert(), "eps"_a,
              "isa"_a.none() = nb::none(), "RMSNorm forward into out; isa names one instruction set.");
+  module.def("philox", &philox, "counter"_a, "seed"_a, "isa"_a.none() = nb::none(), "The four words of a counter.");
+  module.def("gumbel_noise", &gumbel_noise, "seed"_a, "index"_a, "position"_a, "out"_a.noconvert(),
+             "isa"_a.none() = nb::none(), "Noise of the codes 0 to len(out) - 1.");
   retinar::binding::decode_step(module);
 }

@@ -178,7 +178,8 @@ inline Vec round(Vec a) {
 
 inline Vec scale(Vec a, Vec n) {
   for (int i = 0; i < Vec::width; ++i) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(n.v[i]) + 127) << 23;
+    const std::int32_t whole = n.v[i] == n.v[i] ? static_cast<std::int32_t>(n.v[i]) : 0;
+    const std::uint32_t bits = static_cast<std::uint32_t>(whole + 127) << 23;
     float power;
     std::memcpy(&power, &bits, sizeof power);
     a.v[i] *= power;
@@ -360,7 +361,8 @@ inline Vec load(const std::int8_t* p) {
 // exp, of x between -87 and 88 (beyond: as at the end); relative error below 2^-22. One polynomial for all lanes and no scalar tail: the bits of
 // a lane do not depend on its place.
 inline Vec exp(Vec x) {
-  const Vec clipped = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
+  // x last in both: the processor's minimum and maximum give their second number where one is none
+  const Vec clipped = min(broadcast(88.0f), max(broadcast(-87.0f), x));
   const Vec n = round(clipped * broadcast(1.44269504f));
   // x - n ln 2 in two parts: the first has 9 bits, so its product with n is exact
   const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), clipped));
@@ -444,6 +446,21 @@ inline float largest(const float* x, std::int64_t count) {
   }
   for (float lane : lanes) lanes[0] = lane > lanes[0] ? lane : lanes[0];
   return lanes[0];
+}
+
+// Rounds numbers to int8 with one scale, plus ``zero``; the scale. NaN where a number is none: it is not to get lost.
+template <typename Out>
+inline float to_int8(const float* x, Out* out, std::int64_t count, int zero) {
+  const float most = largest(x, count);
+  const float factor = most > 0x1p-120f ? 127.0f / most : 0.0f;
+  bool whole = true;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float scaled = __builtin_rintf(x[i] * factor);
+    const bool inside = scaled >= -127.0f && scaled <= 127.0f;
+    whole &= inside;
+    out[i] = static_cast<Out>(static_cast<std::int32_t>(inside ? scaled : 0.0f) + zero);
+  }
+  return whole ? most / 127.0f : __builtin_nanf("");
 }
 
 // Rounds to T and back: a value that a kernel keeps in registers gets the precision that T would have in memory.

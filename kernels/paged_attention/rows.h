@@ -46,12 +46,7 @@ inline void write(const float* x, T* cache, float*, std::int64_t place, std::int
 }
 
 inline void write(const float* x, std::int8_t* cache, float* scales, std::int64_t place, std::int64_t dim) {
-  const float most = largest(x, dim);
-  const float factor = most > 0.0f ? 127.0f / most : 0.0f;
-  for (std::int64_t i = 0; i < dim; ++i) {
-    cache[place + i] = static_cast<std::int8_t>(static_cast<std::int32_t>(__builtin_rintf(x[i] * factor)));
-  }
-  scales[place / dim] = most / 127.0f;
+  scales[place / dim] = to_int8(x, cache + place, dim, 0);
 }
 
 // Asks for one group's numbers of the slots at ``places``, some steps before they are wanted: a row's slots are a few
