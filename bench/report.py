@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retinar.bench import record, report_sampling, targets
+from retinar.bench import record, report_decoding, report_sampling, targets
 from retinar.bench.words import percent, seconds, table
 from retinar.engine.errors import InputError
 
@@ -27,7 +27,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     """The whole result: what is wrong first, then times, limits, sampling, what was left out, targets, the profile."""
     times = list(table(COLUMNS, map(_cells, content["rows"]))) if content["rows"] else []
     parts = [[where(content)], _failures(content), times, _limits(content)]
-    parts += [report_sampling.lines(content), _left_out(content), _targets(content), _profile(content)]
+    parts += [report_sampling.lines(content), report_decoding.lines(content)]
+    parts += [_left_out(content), _targets(content), _profile(content)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from retinar.bench import machine, record, targets
+from retinar.bench import decoding, machine, record, targets
 from retinar.bench.timing import Limits
 from retinar.engine.errors import InputError
 
@@ -22,10 +22,13 @@ SUITE = Path(__file__).resolve().parent / "suite"
 def run_suite(device: str, out: Path, keyword: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Measure, write one result under ``out`` and return (its path, its content).
 
-    ``keyword`` chooses benchmarks by name, as pytest's -k. InputError without pytest-benchmark, without the device, or
+    ``keyword`` chooses benchmarks by name, as pytest's -k; "decoding" is decoding on a CPU at real size, which a run
+    without a keyword on a CPU ends with. InputError without pytest-benchmark, without the device, or
     when an op is wrong (then nothing is written).
     """
     check_device(device)
+    if keyword == decoding.NAME and device == "cpu":
+        return decoding.alone(out)
     if machine.version("pytest-benchmark") is None:
         raise InputError("Expected the package pytest-benchmark, found none: run `pip install 'retinar[dev]'`.")
     out.mkdir(parents=True, exist_ok=True)
@@ -52,6 +55,8 @@ def run_suite(device: str, out: Path, keyword: str | None = None) -> tuple[Path,
     document = record.document(device, rows, limits, {"passed": True, "by": "bench.checks, every case"})
     document["absent"] = [each for each in absent if each["name"] in names]
     document["targets"] = targets.evaluate(document)
+    if keyword is None and device == "cpu":
+        decoding.add_to(document)
     return record.save(out, document), document
 
 

@@ -49,8 +49,8 @@ class Decoding:
     """A transformer's weights in a ``precision`` on ``device``, ready for decode loops.
 
     ``backend``: one of ``decode_step``'s; "native", a CPU's compiled decoder; or None for the device's first.
-    ``batch_invariant`` as in `GraphRunner`. ``pin``: the compiled decoder's threads, of which there are as many as torch
-    has when this is made, each to a processor of its own.
+    ``batch_invariant`` as in `GraphRunner`. ``pin``: the compiled decoder's threads, as many as torch has when this is
+    made, each to a processor of its own.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,11 +22,14 @@ _MATRICES = ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")
 class StaticCacheStep(nn.Module):
     """One step of ``images`` guided images with the same weights as ``ops.decode_step``.
 
-    The cache holds keys (rotated) and values [2 * images, G, ``length``, D] for each layer.
+    The cache holds keys (rotated) and values [2 * images, G, ``length``, D] for each layer. ``fused``: attention as
+    products and sums, which a compiler makes one loop of, instead of SDPA; for a CPU, where bf16 SDPA is slow for one
+    query.
     """
 
-    def __init__(self, weights: ops.DecodeWeights, images: int, length: int) -> None:
+    def __init__(self, weights: ops.DecodeWeights, images: int, length: int, *, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         self.heads, self.groups, self.eps = weights.n_head, weights.n_kv_head, weights.eps
         width = weights.tok_embedding_VD.shape[1]
         self.head_dim, self.layers = width // weights.n_head, len(weights.wqkv)
@@ -68,14 +72,14 @@ class StaticCacheStep(nn.Module):
         k_BGND, v_BGND = self._of(f"k_{layer}"), self._of(f"v_{layer}")
         k_BGND.index_copy_(2, position_1, _rotate(k_BGD, rope_1C2)[:, :, None])
         v_BGND.index_copy_(2, position_1, v_BGD[:, :, None])
-        o_BH1D = F.scaled_dot_product_attention(
-            _rotate(q_BHD, rope_1C2)[:, :, None],
-            k_BGND,
-            v_BGND,
-            attn_mask=seen_N[None, None, None],
-            enable_gqa=groups != heads,
-        )
-        x_BE = x_BE + F.linear(o_BH1D.flatten(1), self._of(f"wo_{layer}"))
+        q_BHD = _rotate(q_BHD, rope_1C2)
+        if self.fused:
+            o_BHD = _fused_attention(q_BHD, k_BGND, v_BGND, seen_N)
+        else:
+            o_BHD = F.scaled_dot_product_attention(
+                q_BHD[:, :, None], k_BGND, v_BGND, attn_mask=seen_N[None, None, None], enable_gqa=groups != heads
+            )
+        x_BE = x_BE + F.linear(o_BHD.flatten(1), self._of(f"wo_{layer}"))
         gate_BF, up_BF = F.linear(self._norm(x_BE, f"ffn_norm_{layer}"), self._of(f"w13_{layer}")).chunk(2, -1)
         return x_BE + F.linear(F.silu(gate_BF) * up_BF, self._of(f"w2_{layer}"))
 
@@ -86,6 +90,14 @@ class StaticCacheStep(nn.Module):
 
     def _of(self, name: str) -> Tensor:
         return getattr(self, name)
+
+
+def _fused_attention(q_BHD: Tensor, k_BGND: Tensor, v_BGND: Tensor, seen_N: Tensor) -> Tensor:
+    """In fp32 from first to last: bf16 is read, and nothing but the output written."""
+    q_BGRD = q_BHD.unflatten(1, (k_BGND.shape[1], -1)).float()
+    scores_BGRN = (q_BGRD[:, :, :, None] * k_BGND[:, :, None].float()).sum(-1) * q_BHD.shape[-1] ** -0.5
+    weight_BGRN = torch.where(seen_N, scores_BGRN, float("-inf")).softmax(-1)
+    return (weight_BGRN[..., None] * v_BGND[:, :, None].float()).sum(-2).flatten(1, 2).to(q_BHD.dtype)
 
 
 def _rotate(x_BHD: Tensor, rope_1C2: Tensor) -> Tensor:
@@ -104,13 +116,24 @@ def compiled(module: nn.Module, device: str, size: str) -> Callable[..., tuple[T
     return torch.compile(module, mode=mode, fullgraph=True)
 
 
+def frozen(module: nn.Module, size: str, *example: object) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Through torch.compile with the weights as constants, which oneDNN packs: on a CPU. Compiled when this returns.
+
+    What it gives takes arguments like ``example``, without gradients. The exercise as of `compiled`.
+    """
+    made = torch.compile(module.eval(), backend="aot_eager" if size == "exercise" else "inductor", fullgraph=True)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=size != "exercise"):
+        made(*example)
+    return made
+
+
 def copy_cache(module: StaticCacheStep, k_LPSGD: Tensor, v_LPSGD: Tensor, table_BM: Tensor) -> None:
     """Take over what a paged cache holds for the rows of a block table."""
     length = module._of("k_0").shape[2]
     for name, cache_LPSGD in (("k", k_LPSGD), ("v", v_LPSGD)):
         for layer in range(module.layers):
             rows_BNGD = cache_LPSGD[layer][table_BM.long()].flatten(1, 2)[:, :length]
-            module._of(f"{name}_{layer}").copy_(rows_BNGD.transpose(1, 2))
+            module._of(f"{name}_{layer}")[:, :, : rows_BNGD.shape[1]] = rows_BNGD.transpose(1, 2)
 
 
 def disagrees(found_BV: Tensor, expected_BV: Tensor) -> str | None:

@@ -33,8 +33,10 @@ def result(folder: Path, device: str, date: str, seconds: float, **more: Any) ->
 
 def test_the_readme_is_what_the_results_say() -> None:
     path = ROOT / "README.md"
-    _, stands, _ = readme.split(path.read_text(encoding="utf-8"), path)
-    assert stands == readme.section(readme.newest(ROOT / "bench" / "results")), STALE
+    text, results = path.read_text(encoding="utf-8"), ROOT / "bench" / "results"
+    assert readme.split(text, path)[1] == readme.section(readme.newest(results)), STALE
+    stands = readme.split(text, path, readme.DECODING_BEGIN, readme.DECODING_END)[1]
+    assert stands == readme.decoding(readme.newest_decoding(results)), STALE
 
 
 def test_without_a_gpus_result_every_target_is_not_measured() -> None:
@@ -62,11 +64,14 @@ def test_the_newest_result_of_each_device_counts(tmp_path: Path) -> None:
 
 def test_the_section_is_written_between_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}old{readme.END}\nafter\n")
+    page.write_text(f"before\n{readme.BEGIN}old{readme.END}\n{readme.DECODING_BEGIN}{readme.DECODING_END}\nafter\n")
     result(tmp_path / "results", "A100", "2026-02-01", 1.0)
     readme.update(page, tmp_path / "results")
     text = page.read_text()
-    assert text.startswith(f"before\n{readme.BEGIN}\n\n|") and text.endswith(f"|\n\n{readme.END}\nafter\n")
+    assert (
+        text.startswith(f"before\n{readme.BEGIN}\n\n|") and f"|\n\n{readme.END}\n{readme.DECODING_BEGIN}\n\n|" in text
+    )
+    assert text.endswith(f"|\n\n{readme.DECODING_END}\nafter\n")
     assert "old" not in text.replace("Threshold", "")
     readme.update(page, tmp_path / "results")
     assert page.read_text() == text

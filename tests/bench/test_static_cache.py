@@ -17,7 +17,7 @@ SIZE = {"multiple_of": 32, "vocab_size": 101, "num_classes": 3, "grid": 3}
 IMAGES, PAGE = 2, 4
 
 
-def pair(config: GPTConfig, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pair(config: GPTConfig, position: int, fused: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(its logits, the reference's, its tokens) at a position."""
     torch.manual_seed(3)
     gpt = GPT(config)
@@ -29,7 +29,7 @@ def pair(config: GPTConfig, position: int) -> tuple[torch.Tensor, torch.Tensor, 
     place(inputs, position, config.block_size, PAGE, config.vocab_size, 2.0)
     if position == 0:
         inputs.tokens_B.copy_(torch.tensor([0, 2, 3, 3]))
-    module = static_cache.StaticCacheStep(weights, IMAGES, config.block_size)
+    module = static_cache.StaticCacheStep(weights, IMAGES, config.block_size, fused=fused)
     static_cache.copy_cache(module, cache.k_LPSGD, cache.v_LPSGD, inputs.block_table_BM)
     with torch.no_grad():
         tokens_B, logits_BV = module(inputs.tokens_B, torch.tensor([position]), 2.0)
@@ -37,11 +37,12 @@ def pair(config: GPTConfig, position: int) -> tuple[torch.Tensor, torch.Tensor, 
     return logits_BV, expected_BV, tokens_B
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kv_heads", [None, 1])
 @pytest.mark.parametrize("position", [0, 1, 5, 8])
-def test_its_logits_are_the_steps(position: int, kv_heads: int | None) -> None:
+def test_its_logits_are_the_steps(position: int, kv_heads: int | None, fused: bool) -> None:
     config = gpt_config("GPT-tiny", n_layer=2, n_head=2, dim=32, n_kv_head=kv_heads, **SIZE)
-    found_BV, expected_BV, tokens_B = pair(config, position)
+    found_BV, expected_BV, tokens_B = pair(config, position, fused)
     assert torch.allclose(found_BV, expected_BV, rtol=1e-4, atol=1e-5)
     assert static_cache.disagrees(found_BV, expected_BV) is None
     assert tokens_B.shape == (4,) and torch.equal(tokens_B[:2], tokens_B[2:]) and int(tokens_B.max()) < 101
