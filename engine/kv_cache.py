@@ -14,6 +14,7 @@ import torch
 
 from retinar.engine.config import GPTConfig
 from retinar.engine.errors import InputError
+from retinar.kernels import ops
 
 # Of the memory that is free now, the share that the pool may take: the rest is for activations and the image decoder.
 FREE_SHARE_CPU = 0.5
@@ -73,6 +74,9 @@ class KVCache:
         try:
             self.k_LPSGD = torch.zeros(shape, dtype=dtype, device=device)
             self.v_LPSGD = torch.zeros(shape, dtype=dtype, device=device)
+            if device.type == "cpu":
+                for cache_LPSGD in (self.k_LPSGD, self.v_LPSGD):
+                    ops.huge_pages(cache_LPSGD)
             scales = [torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None for _ in range(2)]
             self.k_scale_LPSG, self.v_scale_LPSG = scales
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one

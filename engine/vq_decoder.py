@@ -17,14 +17,14 @@ and weights packed for oneDNN (a hundredth faster, through functions that torch 
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retinar.engine.tokenizer import VQTokenizer, check_codes
-from retinar.engine.vq_blocks import AttnBlock, Level, ResBlock, Upsample
+from retinar.engine.vq_blocks import AttnBlock, ResBlock, Upsample
 
 HALF = torch.bfloat16
 
@@ -63,13 +63,15 @@ class BFloat16Decoder:
 
     def __init__(self, tokenizer: VQTokenizer) -> None:
         self.config = tokenizer.config
-        self._codebook, self._expand, decoder = (
+        # Any: torch types a module's parts as "Tensor | Module"
+        parts: tuple[Any, ...] = tuple(
             copy.deepcopy(part).float().eval().requires_grad_(False)
             for part in (tokenizer.quantize, tokenizer.post_quant_conv, tokenizer.decoder)
         )
-        for block in decoder.modules():
+        self._codebook, self._expand, decoder = parts
+        for block in list(decoder.modules()):
             if isinstance(block, Upsample):
-                block.conv = _doubling(block.conv)
+                block.conv = _doubling(block.conv)  # type: ignore[assignment]
         for block in decoder.modules():
             if isinstance(block, nn.Conv2d | nn.ConvTranspose2d):
                 block.to(torch.float32 if block is decoder.conv_out else HALF)
@@ -95,7 +97,7 @@ class BFloat16Decoder:
 # Blocks of a level run in place: the stream is never read again. Its dtype is that of what comes in.
 
 
-def _level(level: Level, x_BCHW: Tensor) -> Tensor:
+def _level(level: Any, x_BCHW: Tensor) -> Tensor:
     for i, block in enumerate(level.res):
         x_BCHW = _apply(block, x_BCHW)
         if len(level.attn):
@@ -103,7 +105,7 @@ def _level(level: Level, x_BCHW: Tensor) -> Tensor:
     return level.upsample.conv(x_BCHW.to(HALF)) if hasattr(level, "upsample") else x_BCHW
 
 
-def _apply(block: nn.Module, x_BCHW: Tensor) -> Tensor:
+def _apply(block: Any, x_BCHW: Tensor) -> Tensor:
     if isinstance(block, ResBlock):
         h_BCHW = block.conv1(_norm(block.norm1, x_BCHW).to(HALF))
         h_BCHW = block.conv2(_norm(block.norm2, h_BCHW))

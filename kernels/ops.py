@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from retinar.kernels.cfg_sample import cfg_mix, cfg_sample, filter_logits
-from retinar.kernels.decode_step import DecodeWeights, NativeDecoder, StepInputs, decode_step
+from retinar.kernels.decode_step import DecodeWeights, NativeDecoder, StepInputs, decode_step, huge_pages
 from retinar.kernels.dispatch import backends, preferred
 from retinar.kernels.linear import linear
 from retinar.kernels.linear_cross_entropy import linear_cross_entropy
@@ -29,6 +29,7 @@ __all__ = [
     "decode_step",
     "filter_logits",
     "gumbel_noise",
+    "huge_pages",
     "linear",
     "linear_cross_entropy",
     "native_info",

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from retinar.kernels.decode_step import reference
 from retinar.kernels.decode_step.checks import check
-from retinar.kernels.decode_step.native import NativeDecoder
+from retinar.kernels.decode_step.native import NativeDecoder, huge_pages
 from retinar.kernels.decode_step.types import DecodeWeights, StepInputs, flatten, unflatten
 from retinar.kernels.dispatch import Op
 from retinar.kernels.launch import triton_backend
 from retinar.kernels.numerics import wide
 from retinar.kernels.paged_attention import triton_refusal
 
-__all__ = ["DecodeWeights", "NativeDecoder", "StepInputs", "decode_step"]
+__all__ = ["DecodeWeights", "NativeDecoder", "StepInputs", "decode_step", "huge_pages"]
 
 _LISTS = ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")
 _SCALARS = {"n_head": "int", "n_kv_head": "int", "eps": "float"}

@@ -5,6 +5,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <mutex>
 #include <stdexcept>
 #include <vector>
@@ -165,6 +169,20 @@ void decode_step(nb::module_& module) {
         pack(shape, weight.data(), out.data());
       },
       "weight"_a.noconvert(), "out"_a.noconvert(), "gated"_a, "Writes a weight into out in packed order.");
+  module.def(
+      "huge_pages",
+      [](const Output& memory) {
+#ifdef __linux__
+        constexpr std::uintptr_t page = std::uintptr_t{1} << 21;
+        const auto first = (reinterpret_cast<std::uintptr_t>(memory.data()) + page - 1) / page * page;
+        const auto last = (reinterpret_cast<std::uintptr_t>(memory.data()) + memory.nbytes()) / page * page;
+        if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+        static_cast<void>(memory);
+#endif
+      },
+      "memory"_a.noconvert(),
+      "Asks for pages of 2 MiB, before the memory is first written: a step walks through all of it.");
   nb::class_<Decoder>(module, "Decoder", "Packed weights, threads and memory of a model's decode steps.")
       .def(nb::init<const std::vector<std::int64_t>&, float, const std::vector<Input>&,
                     const std::vector<std::vector<Input>>&, const Input&, const Input&, const Input&, int, bool,

@@ -120,18 +120,30 @@ class NativeDecoder:
         check_inputs(inputs, torch.float32)
 
 
+def huge_pages(memory: Tensor) -> Tensor:
+    """Asks the system for pages of 2 MiB for a fresh CPU tensor, where it has them; returns it."""
+    module, _ = native_module()
+    if module is not None and memory.is_contiguous() and memory.numel():
+        module.huge_pages(memory.view(torch.uint8) if memory.dim() else memory)
+    return memory
+
+
 def _quantised(module: Any, weight_NK: Tensor, gated: bool) -> Tensor:
     """int8 with a scale for each output, both packed, and the sums of each output's weights."""
     weight_NK = weight_NK.float()
     scale_N1 = weight_NK.abs().amax(1, keepdim=True) / 127
     int8_NK = (weight_NK / scale_N1.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
-    behind = scale_N1, int8_NK.sum(1, keepdim=True, dtype=torch.int32).view(torch.float32)
-    parts = [_packed(module, int8_NK, gated), *(_packed(module, each, gated).view(torch.int8) for each in behind)]
-    return torch.cat(parts)
+    sums_N1 = int8_NK.sum(1, keepdim=True, dtype=torch.int32).view(torch.float32)
+    parts = int8_NK, scale_N1, sums_N1
+    counts = [module.packed_elements(each, gated) * each.itemsize for each in parts]
+    out = huge_pages(torch.empty(sum(counts), dtype=torch.int8))
+    for part, place in zip(parts, out.split(counts), strict=True):
+        module.pack(part, place.view(part.dtype), gated)
+    return out
 
 
 def _packed(module: Any, weight_NK: Tensor, gated: bool = False) -> Tensor:
     weight_NK = weight_NK.contiguous()
-    out = torch.empty(module.packed_elements(weight_NK, gated), dtype=weight_NK.dtype)
+    out = huge_pages(torch.empty(module.packed_elements(weight_NK, gated), dtype=weight_NK.dtype))
     module.pack(weight_NK, out, gated)
     return out
