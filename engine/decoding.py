@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -66,6 +67,9 @@ class Decoding:
         self.backend, self.batch_invariant = backend, batch_invariant
         self._weights: ops.DecodeWeights | None = gpt.to(device).decode_weights(precision.dtype)
         self._native: ops.NativeDecoder | None = None
+        native = ops.native_info()
+        if device.type == "cpu" and backend is None and not native["loaded"]:
+            warnings.warn(f"decoding on torch, many times slower: {native['reason']}", stacklevel=2)
         if self._backend() == "native":
             threads = torch.get_num_threads()
             self._native = ops.NativeDecoder(self.weights, int8=precision.int8_weights, threads=threads, pin=pin)

@@ -23,7 +23,9 @@ class Bench:
     out: Path = Path("bench/results")
     """Folder of results; one JSON is written to OUT/<device>/."""
     only: str | None = None
-    """Benchmarks whose name contains this (an expression as pytest's -k takes it)."""
+    """Benchmarks whose name contains this (an expression as pytest's -k takes it); "decoding": the CPU's decode step
+    beside torch and the machine's limit, alone.
+    """
 
     def run(self, progress: Progress) -> dict[str, object]:
         """Run the suite; the summary is the result file's content and its path."""
