@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from retinar.engine import checkpoint
-from retinar.engine.config import GPTConfig
 from retinar.engine.errors import InputError
 from retinar.engine.kv_cache import KVCache, pages_for
 from retinar.engine.model import GPT
 from retinar.engine.precision import PRECISIONS, Precision
 from retinar.engine.runner import NativeRunner
+from retinar.engine.step_batch import front
 from retinar.kernels import ops
 from retinar.train.code_files import CodeSet
 
@@ -30,11 +30,10 @@ PAGE_SIZE = 16
 
 def log_probabilities(gpt: GPT, precision: Precision, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
     """fp32 [B, T, V]: of every code given the true ones before it, by the compiled decoder in a precision."""
-    config = gpt.config
     runner = make_runner(gpt, precision, len(codes_BT))
-    inputs = one_row_an_image(config, labels_B)
+    inputs = one_row_an_image(runner, labels_B)
     found = []
-    for position in range(config.block_size):
+    for position in range(gpt.config.block_size):
         runner.step(inputs)
         assert runner.logits_BV is not None
         found.append(runner.logits_BV.log_softmax(-1))
@@ -53,23 +52,13 @@ def make_runner(gpt: GPT, precision: Precision, rows: int) -> NativeRunner:
     return NativeRunner(decoder, gpt.config, cache)
 
 
-def one_row_an_image(config: GPTConfig, labels_B: Tensor) -> ops.StepInputs:
-    """The first step of unguided images; nothing is drawn."""
-    rows, width = len(labels_B), pages_for(config.block_size, PAGE_SIZE)
-    nobody, number = torch.zeros(0, dtype=torch.int32), torch.zeros(0)
-    return ops.StepInputs(
-        tokens_B=labels_B.clone(),
-        positions_B=torch.zeros(rows, dtype=torch.int32),
-        block_table_BM=torch.arange(rows * width, dtype=torch.int32).view(rows, width),
-        cond_row_I=nobody,
-        null_row_I=nobody,
-        cfg_scale_I=number,
-        temperature_I=number,
-        top_k_I=nobody,
-        top_p_I=number,
-        seed_I=nobody.long(),
-        index_I=nobody.long(),
-    )
+def one_row_an_image(runner: NativeRunner, labels_B: Tensor) -> ops.StepInputs:
+    """The first step of unguided images, each with pages of its own; nothing is drawn."""
+    inputs = front(runner.buffers(len(labels_B)), 0, len(labels_B))
+    inputs.tokens_B.copy_(labels_B)
+    table_BM = inputs.block_table_BM
+    table_BM.copy_(torch.arange(table_BM.numel()).view_as(table_BM))
+    return inputs
 
 
 def compare(gpt: GPT, codes_BT: Tensor, labels_B: Tensor) -> dict[str, dict[str, float]]:

@@ -35,21 +35,29 @@ class Runner(Protocol):
         """Write one KV slot a row and return codes_I int64 on the runner's device, valid until the next step."""
 
 
-class EagerRunner:
-    """``ops.decode_step`` called directly: the reference on any device, or what ``torch.library`` dispatches to.
+class DirectRunner:
+    """What runners share that run each step as it comes.
 
     ``logits_BV`` fp32 are those of the last step, before guidance, for tests and meters.
     """
 
-    def __init__(
-        self, weights: ops.DecodeWeights, config: GPTConfig, cache: KVCache, backend: str | None = None
-    ) -> None:
-        self.weights, self.config, self.cache, self.backend = weights, config, cache, backend
+    def __init__(self, config: GPTConfig, cache: KVCache) -> None:
+        self.config, self.cache = config, cache
         self.device = cache.k_LPSGD.device
         self.logits_BV: Tensor | None = None
 
     def buffers(self, max_images: int) -> ops.StepInputs:
         return step_buffers(self.config, self.cache.page_size, self.cache.scratch_page, max_images, self.device)
+
+
+class EagerRunner(DirectRunner):
+    """``ops.decode_step`` called directly: the reference on any device, or what ``torch.library`` dispatches to."""
+
+    def __init__(
+        self, weights: ops.DecodeWeights, config: GPTConfig, cache: KVCache, backend: str | None = None
+    ) -> None:
+        super().__init__(config, cache)
+        self.weights, self.backend = weights, backend
 
     @torch.inference_mode()
     def step(self, inputs: ops.StepInputs) -> Tensor:
@@ -60,19 +68,12 @@ class EagerRunner:
         return codes_I
 
 
-class NativeRunner:
-    """One call of compiled code a step, with packed weights and threads of its own; on a CPU.
-
-    ``logits_BV`` as of `EagerRunner`.
-    """
+class NativeRunner(DirectRunner):
+    """One call of compiled code a step, with packed weights and threads of its own; on a CPU."""
 
     def __init__(self, decoder: ops.NativeDecoder, config: GPTConfig, cache: KVCache) -> None:
-        self.decoder, self.config, self.cache = decoder, config, cache
-        self.device = cache.k_LPSGD.device
-        self.logits_BV: Tensor | None = None
-
-    def buffers(self, max_images: int) -> ops.StepInputs:
-        return step_buffers(self.config, self.cache.page_size, self.cache.scratch_page, max_images, self.device)
+        super().__init__(config, cache)
+        self.decoder = decoder
 
     def step(self, inputs: ops.StepInputs) -> Tensor:
         cache = self.cache
