@@ -14,11 +14,12 @@ that generator replays it, on every device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from retinar.engine.config import GPTConfig
 from retinar.engine.errors import InputError
@@ -26,6 +27,11 @@ from retinar.engine.upstream import from_upstream_state_dict, to_upstream_state_
 from retinar.kernels import ops
 
 __all__ = ["GPT", "Attention", "Block", "FeedForward", "RMSNorm", "from_upstream_state_dict", "to_upstream_state_dict"]
+
+
+Recompute = Literal["none", "selective", "full"]
+"""What the backward pass computes again: nothing; what is neither a matrix product nor attention; all but a block's
+input."""
 
 
 class Linear(nn.Linear):
@@ -136,8 +142,20 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop_path = DropPath(drop_path_rate)
+        self.activation_checkpointing: Recompute = "none"
 
     def forward(self, x_BNX: Tensor, rope_NC2: Tensor, seed: Tensor | None, backend: str | None) -> Tensor:
+        """[B, N, X]. Recomputation is inside, so that it is compiled and sharded with the block."""
+        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return self._run(x_BNX, rope_NC2, seed, backend)
+        # The seed was drawn outside, so the recomputation drops the same probabilities; the other dropouts replay
+        # torch's generators.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.training}
+        if self.activation_checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        return checkpoint(self._run, x_BNX, rope_NC2, seed, backend, **options)
+
+    def _run(self, x_BNX: Tensor, rope_NC2: Tensor, seed: Tensor | None, backend: str | None) -> Tensor:
         branch_BNX = self.drop_path(self.attention(self.attention_norm(x_BNX), rope_NC2, seed, backend))
         normed_BNX, h_BNX = self.ffn_norm.add(branch_BNX, x_BNX)
         return h_BNX + self.drop_path(self.feed_forward(normed_BNX))
@@ -146,8 +164,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The class-conditional transformer. ``state_dict()`` has the packed layout; files have upstream's (checkpoint.py).
 
-    Attributes: ``config``; ``activation_checkpointing`` (False): recompute each block in the backward pass.
-    It may be built under ``torch.device("meta")``; after ``to_empty`` call ``init_weights`` or load weights.
+    ``activation_checkpointing`` ("none") is what the backward pass computes again of each block. The model may be built
+    under ``torch.device("meta")``; after ``to_empty`` call ``init_weights`` or load weights.
     """
 
     rope_NC2: Tensor
@@ -155,7 +173,6 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
         self.cls_embedding = ClassEmbedding(config)
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout_p)
@@ -169,6 +186,17 @@ class GPT(nn.Module):
     def _rope_table(self, device: torch.device) -> Tensor:
         config = self.config
         return ops.rope_table(config.grid, config.grid, config.head_dim, base=config.rope_base, device=device)
+
+    @property
+    def activation_checkpointing(self) -> Recompute:
+        """What the backward pass computes again of each block; setting it sets all of them."""
+        first: Any = self.layers[0]
+        return first.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, what: Recompute) -> None:
+        for block in self.layers:
+            block.activation_checkpointing = what  # type: ignore[assignment]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -201,13 +229,7 @@ class GPT(nn.Module):
         h_BNX = self.tok_dropout(h_BNX)
         rope_NC2 = self.rope_NC2[: h_BNX.shape[1]]
         for layer, seed in zip(self.layers, self._attention_seeds(h_BNX.device), strict=True):
-            arguments = (h_BNX, rope_NC2, seed, attention_backend)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # The seed was drawn outside, so the recomputation drops the same probabilities; the other dropouts
-                # replay torch's generators.
-                h_BNX = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=self.training)
-            else:
-                h_BNX = layer(*arguments)
+            h_BNX = layer(h_BNX, rope_NC2, seed, attention_backend)
         h_BNX = self.norm(h_BNX)
         if return_loss:
             return ops.linear_cross_entropy(
@@ -258,6 +280,21 @@ class GPT(nn.Module):
             eps=self.config.norm_eps,
             rope_NC2=self.rope_NC2,
         )
+
+
+def _keep_products(context: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    """Selective recomputation: results of matrix products and of attention are kept, they cost the most."""
+    schema = getattr(op, "_schema", None)
+    kept = schema is not None and schema.name in _PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_PRODUCTS = frozenset(
+    {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise"}
+    | {"retinar::rope_attention", "retinar::rope_attention_packed"}
+    | {f"aten::_scaled_dot_product_{kind}" for kind in ("flash_attention", "flash_attention_for_cpu")}
+    | {f"aten::_scaled_dot_product_{kind}" for kind in ("efficient_attention", "cudnn_attention")}
+)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

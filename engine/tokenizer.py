@@ -109,8 +109,8 @@ class VQTokenizer(nn.Module):
         check_codes(codes_Bhw, self.config.codebook_size)
         return self.decode_latents(self.quantize.lookup(codes_Bhw))
 
-    def forward(self, images_BCHW: Tensor, *, quantized: bool = True) -> TokenizerOutput:
-        """Encode, quantise, decode, with the losses; in training mode the usage window moves on.
+    def forward(self, images_BCHW: Tensor, *, quantized: bool = True, track: bool = True) -> TokenizerOutput:
+        """Encode, quantise, decode, with the losses; in training mode, and with ``track``, the usage window moves on.
 
         With ``quantized=False`` the decoder sees the normalised latents themselves and both codebook losses are zero:
         a warm-up for training from scratch (the codes that are returned are still the nearest ones).
@@ -123,7 +123,7 @@ class VQTokenizer(nn.Module):
                 self.decode_latents(F.normalize(z_BChw.float(), dim=1)), codes_Bhw, nothing, nothing, usage=0.0
             )
         codebook_loss, commitment_loss = self.quantize.losses(z_BChw, codes_Bhw)
-        usage = self.quantize.track(codes_Bhw) if self.training else 0.0
+        usage = self.quantize.track(codes_Bhw) if self.training and track else 0.0
         return TokenizerOutput(self.decode_latents(quantized_BChw), codes_Bhw, codebook_loss, commitment_loss, usage)
 
 

@@ -160,6 +160,8 @@ def execute(argv: list[str], json_line: bool) -> int:
     summary = task.run(ui.progress()) or {}
     # A training that Ctrl-C stopped has saved itself and returns; its exit code still says so.
     code = int(summary.pop("exit_code", 130 if summary.get("ended") == "interrupted" else 0))
+    if os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun: the first one tells
+        return code
     if json_line:
         print(json.dumps(ui.jsonable(summary), ensure_ascii=False, allow_nan=False), flush=True)
     elif hasattr(task, "render"):
@@ -205,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         if told is None:
             traceback.print_exc()
             return 2 if sentence(error) else 1
-        print(f"retinar: {told}", file=sys.stderr, flush=True)
+        if not getattr(error, "elsewhere", False):  # else the process that found it tells
+            print(f"retinar: {told}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -193,9 +193,9 @@ def encode(at: Folders, progress: Progress) -> None:
 def train_gpt(plan: Plan, at: Folders, progress: Progress) -> None:
     """`retinar train gpt --recipe fundus-tiny`."""
     from retinar.train import recipes
+    from retinar.train.code_fit import fit_to_codes
     from retinar.train.codes import CodeSet
     from retinar.train.config import apply_overrides
-    from retinar.train.gpt import fit_to_codes
     from retinar.train.gpt import train_gpt as train
 
     if (at.gpt / "model" / "config.json").is_file():

@@ -19,6 +19,7 @@ __all__ = [
     "MUTABLE_KEYS",
     "GPTTrainConfig",
     "OptimConfig",
+    "Parallel",
     "Precision",
     "TokenizerTrainConfig",
     "TrainConfig",
@@ -30,13 +31,14 @@ __all__ = [
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["fp32", "bf16"]
+Parallel = Literal["ddp", "fsdp", "sdp", "hsdp"]
 
 # What may differ between a run and its continuation: how long it runs, what it reports, where it runs, and how it
 # trades time for memory. None of these changes the mathematics of a step (a cosine schedule is stretched by a new
 # length: that is what was asked for).
 MUTABLE_KEYS = frozenset(
     {"steps", "epochs", "log_every", "eval_every", "eval_images", "checkpoint_every", "keep_last", "tensorboard"}
-    | {"device", "activation_checkpointing"}
+    | {"device", "activation_checkpointing", "parallel", "replicas", "guard", "spike", "keep_best", "wandb", "meters"}
     | {"perceptual_weights"}  # a path: what the file holds is among the run's inputs
 )
 
@@ -80,6 +82,17 @@ class TrainConfig:
 
     ``batch_size`` counts all images of one optimizer step; the step runs in ``accumulation`` equal parts, one after
     another, with the same result. The length is ``steps`` where given, else ``epochs`` passes over the data.
+
+    Over the processes of ``torchrun`` every part is split evenly. parallel: "ddp" keeps everything on every process;
+    "fsdp" shards weights, gradients and optimizer state and gathers weights block by block; "sdp" (shard-grad-op) keeps
+    gathered weights between forward and backward; "hsdp" shards inside each of ``replicas`` groups (None: one a
+    machine) and replicates across them. Under the sharded modes precision "bf16" means bf16 weights and activations
+    over fp32 masters, gradients summed in ``reduce_precision``; under "ddp" it means autocast, gradients in fp32.
+
+    guard: what a loss or gradient that is not finite does: "stop" ends the run, "skip" leaves that batch out. spike: a
+    gradient norm above so many times the median of the last 100 counts as one too (None: not watched). keep_best also
+    keeps the checkpoint of the lowest validation loss. wandb: the project to report to, where wandb is installed.
+    meters: report speed, MFU, memory and time spent waiting for data, and draw loss.png at the end.
     """
 
     recipe: str
@@ -98,7 +111,15 @@ class TrainConfig:
     eval_images: int = 1024
     checkpoint_every: int = 5000
     keep_last: int = 2
+    keep_best: bool = True
     tensorboard: bool = True
+    wandb: str | None = None
+    meters: bool = True
+    parallel: Parallel = "ddp"
+    replicas: int | None = None
+    reduce_precision: Precision = "fp32"
+    guard: Literal["stop", "skip"] = "stop"
+    spike: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size of at least 1", self.batch_size)
@@ -113,6 +134,9 @@ class TrainConfig:
             _require(value is None or value >= 1, f"{name} of at least 1 or none", value)
         _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay in (0, 1) or none", self.ema_decay)
         _require(0 <= self.seed < 2**63, "seed from 0 to 2^63 - 1", self.seed)
+        _require(self.replicas is None or self.replicas >= 1, "replicas of at least 1 or none", self.replicas)
+        _require(self.replicas is None or self.parallel == "hsdp", "replicas with parallel=hsdp only", self.replicas)
+        _require(self.spike is None or self.spike > 1, "spike above 1 or none", self.spike)
         for name in ("log_every", "eval_every", "eval_images", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"{name} of at least 1", getattr(self, name))
 
@@ -131,13 +155,15 @@ class GPTTrainConfig(TrainConfig):
     fit_to_codes: vocabulary, grid and number of classes are those of the codes; otherwise a difference is an error.
     views "random" draws one view (image, mirror, crop) of every image anew each epoch; "first" always takes view 0.
     attention_backend "auto" takes the fastest implementation that can do what the config asks for.
+    activation_checkpointing "full" keeps each block's input alone for the backward pass and computes the rest again;
+    "selective" also keeps the results of matrix products and attention, and computes norms, gates and dropouts again.
     """
 
     model: GPTConfig
     fit_to_codes: bool = False
     views: Literal["random", "first"] = "random"
     attention_backend: str = "auto"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,21 +32,34 @@ class Crops:
         self._cache: list[NDArray[np.uint8] | None] = [None] * len(images)
         self._room = CACHE_BYTES
 
+    def whole_images(self, batch_size: int) -> int:
+        """How many whole images have the pixels of a batch of crops (at least one)."""
+        return max(1, batch_size * self.crop_size**2 // self.size**2)
+
     def batch(
-        self, step: int, indices: Sequence[int] | NDArray[np.int64], mirrored: NDArray[np.int64], *, whole: bool
+        self,
+        step: int,
+        indices: Sequence[int] | NDArray[np.int64],
+        mirrored: NDArray[np.int64],
+        *,
+        whole: bool,
+        share: tuple[int, int] = (0, 1),
     ) -> Tensor:
         """fp32 [B, 3, S, S] in [-1, 1]: one crop of each of the images, S = crop_size.
 
         ``whole``: the first images as they are, S = size, as many as have the pixels of all the crops (at least one).
+        ``share`` (i, n): the i-th of n even runs of them alone, with the crops that it has in the whole batch.
         """
         side = self.size if whole else self.crop_size
         if whole:
-            indices = indices[: max(1, len(indices) * self.crop_size**2 // self.size**2)]
+            indices = indices[: self.whole_images(len(indices))]
         corners = np.random.default_rng([self.seed, step, _CROPS]).integers(
             self.size - side + 1, size=(len(indices), 2)
         )
+        own = slice(len(indices) * share[0] // share[1], len(indices) * (share[0] + 1) // share[1])
+        indices, mirrored, corners = indices[own], mirrored[own], corners[own]
         pixels = np.empty((len(indices), side, side, 3), np.uint8)
-        for row, (index, mirror, (top, left)) in enumerate(zip(indices, mirrored, corners, strict=False)):
+        for row, (index, mirror, (top, left)) in enumerate(zip(indices, mirrored, corners, strict=True)):
             crop = self._pixels(int(index))[top : top + side, left : left + side]
             pixels[row] = crop[:, ::-1] if mirror else crop
         return to_tensor(pixels)

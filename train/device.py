@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from retinar.engine.device import find_device
-from retinar.train.config import Precision
+from retinar.engine.errors import InputError
+from retinar.train.config import Precision, TrainConfig
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,3 +37,24 @@ def compile_parts(parts: Iterable[nn.Module], device: torch.device) -> None:
         return
     for part in parts:
         part.compile()
+
+
+@contextmanager
+def memory_advice(config: TrainConfig) -> Iterator[None]:
+    """Where a GPU's memory is too small, an InputError that names what would save some, in order of what it costs."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        ways = []
+        if getattr(config, "activation_checkpointing", None) in ("none", "selective"):
+            ways.append("activation_checkpointing=full (or selective)")
+        if config.accumulation < config.batch_size:
+            ways.append(f"accumulation={2 * config.accumulation}")
+        if config.parallel in ("ddp", "sdp"):
+            ways.append("parallel=fsdp under torchrun")
+        advice = ", ".join(ways) or "a smaller model"
+        raise InputError(
+            f"Expected a step to fit into the GPU's {total:.0f} GiB, found it out of memory: set {advice}; "
+            "`retinar train gpt --plan` shows what fits."
+        ) from error

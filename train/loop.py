@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-import math
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
-
-from retinar.engine.errors import InputError
-from retinar.engine.progress import Progress, plain
-from retinar.train.config import TrainConfig
-from retinar.train.metrics_log import MetricsLog, truncate_metrics
+from retinar.engine.progress import Progress, plain, silent
+from retinar.train.checkpoints import Checkpoint
+from retinar.train.config import TrainConfig, to_dict
+from retinar.train.loss_plot import loss_plot
+from retinar.train.meters import Meters
+from retinar.train.metrics_log import MetricsLog, NoLog, truncate_metrics
 from retinar.train.rng import preserved_rng
-from retinar.train.state import RunFolder
+from retinar.train.signals import StopSignals
+from retinar.train.window import Clock, Values, Window
+from retinar.train.world import World
 
-Values = Mapping[str, float | Tensor]
-"""What a step reports. Zero-dimensional tensors may stay on their device: they are read when they are logged."""
+__all__ = ["Reason", "RunResult", "Store", "Task", "Values", "run", "run_as", "say"]
+
+Reason = Literal["finished", "time", "terminated", "interrupted"]
+"""Why a call ended: all steps done; its minutes over; SIGTERM (the machine is wanted back); Ctrl-C."""
 
 
 class Task(Protocol):
     """What is being trained. The loop knows nothing else about it."""
 
     name: str
+    criterion: str
+    """The validation figure whose lowest value is the best checkpoint's."""
+    world: World
     done: int
     """Optimizer steps done so far, earlier sessions' included; the loop keeps it."""
 
     def step(self, step: int) -> Values:
-        """One whole optimizer step, accumulation included. ``step`` counts from 0; "loss" is among the values, and any
-        value that is not finite stops the run."""
+        """One whole optimizer step, accumulation included. ``step`` counts from 0; "loss" is among the values of a
+        step that was applied, and any value that is not finite stops the run. Each process has the values of its part
+        of the batch; the same names in all."""
+
+    def describe(self, step: int) -> str:
+        """The images of a step in words."""
+
+    def meters(self) -> Meters | None:
+        """Begin to meter what follows; None where nothing is to be metered."""
+
+    def notes(self) -> dict[str, Any]:
+        """JSON values that later steps depend on, beside the tensors of :meth:`state_dict`."""
+
+    def take_notes(self, notes: dict[str, Any]) -> None:
+        """Take up what :meth:`notes` gave."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of tensors: all that later steps depend on but (config, step, random states). The tensors
@@ -52,49 +67,86 @@ class Task(Protocol):
         """Write the model as a checkpoint folder of ours, atomically, in place of an older one."""
 
 
+class Store(Protocol):
+    """Where a run keeps what it has: a RunFolder, or the files of another program. All processes call it alike."""
+
+    path: Path
+    metrics: Path
+    tensorboard: Path
+    model: Path
+    again: str | None
+    """What goes on with a stopped run, in words; None where the caller says it."""
+
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from, if any."""
+
+    def load(self, checkpoint: Checkpoint, task: Task) -> None:
+        """Bring the task's tensors and the random states to it."""
+
+    def save(
+        self,
+        step: int,
+        task: Task,
+        loop: Mapping[str, Any],
+        *,
+        keep_last: int,
+        value: float | None = None,
+        keep_best: bool = False,
+    ) -> None:
+        """Begin to write a checkpoint; see Checkpoints.save."""
+
+    def wait(self) -> None:
+        """Until it is written."""
+
+
 @dataclass(frozen=True)
 class RunResult:
     """How a call of :func:`run` ended: ``step`` of ``steps`` are done."""
 
     step: int
     steps: int
-    reason: Literal["finished", "interrupted", "time"]
+    reason: Reason
     values: dict[str, float]
     """The last reported line."""
     model: Path | None
-    """The exported folder; None after an interruption."""
+    """The exported folder; None after an interruption or a termination."""
 
 
 def run(
     task: Task,
-    folder: RunFolder,
+    store: Store,
     *,
     steps: int,
     checkpoint_every: int,
     log_every: int,
     eval_every: int,
     keep_last: int,
+    keep_best: bool = False,
     max_minutes: float | None = None,
     tensorboard: bool = False,
+    wandb: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress = plain,
 ) -> RunResult:
-    """Train ``task`` until ``steps`` optimizer steps are done, from the folder's newest whole checkpoint if it has one.
+    """Train ``task`` until ``steps`` optimizer steps are done, from the store's newest whole checkpoint if it has one.
 
     A run that is killed and started again does the same steps with the same numbers as one that is not: the checkpoint
     holds the task's state, the random states and the unreported part of the log. Ctrl-C or SIGTERM saves after the
     step in progress and returns; a second Ctrl-C stops at once. ``max_minutes`` limits this call; then, too, the run
-    is saved, and the model exported. InputError when a reported value is not finite (nothing is saved then).
+    is saved, and the model exported. All processes of a parallel run stop after the same step. ``wandb``,
+    ``settings``: see MetricsLog. InputError when a reported value is not finite (nothing is saved then).
     """
-    began = time.monotonic()
-    step, window = _resume(task, folder)
+    began, world = time.monotonic(), task.world
+    step, window = _resume(task, store)
     task.done = saved = step
     last: dict[str, float] = {}
-    reason: Literal["finished", "interrupted", "time"] = "finished"
-    events = folder.tensorboard if tensorboard else None
+    reason: Reason = "finished"
+    meters = task.meters()
+    clock = Clock()
     with (
         StopSignals() as stop,
-        MetricsLog(folder.metrics, events, first_step=step) as log,
-        progress(f"train {task.name}", steps) as bar,
+        _log(store, world, step, tensorboard, wandb, settings) as log,
+        (progress if world.main else silent)(f"train {task.name}", steps) as bar,
     ):
         bar.advance(step)
         while step < steps:
@@ -102,136 +154,102 @@ def run(
             values = task.step(step)
             step += 1
             task.done = step
+            clock.steps += 1
             window.add(step, {**values, "seconds": time.monotonic() - started})
 
             line: dict[str, float] = {}
+            value = None
             if step % log_every == 0 or step == steps:
-                line |= window.drain(saved)
+                line |= window.drain(saved, task.describe)
+                if meters is not None:
+                    line |= meters.line(*clock.lap())
             if step % eval_every == 0 or step == steps:
-                with preserved_rng():
-                    line |= task.evaluate(step)
+                with preserved_rng(), clock.paused():
+                    figures = task.evaluate(step)
+                line |= figures
+                value = figures.get(task.criterion)
             if line:
                 log.write(step, line)
                 last = {"step": step, **line}
             bar.advance(1, f"loss {line['loss']:.4f}" if "loss" in line else None)
 
-            if step < steps and stop.requested:
-                reason = "interrupted"
-            elif step < steps and max_minutes is not None and time.monotonic() - began >= 60 * max_minutes:
-                reason = "time"
+            if step < steps:
+                over = max_minutes is not None and time.monotonic() - began >= 60 * max_minutes
+                reason = _ENDS[world.largest(_ENDS.index(stop.reason or ("time" if over else "finished")))]
             if step % checkpoint_every == 0 or step == steps or reason != "finished":
-                window.check(saved)
-                log.sync()
-                folder.save(step, task.state_dict(), window.state_dict(), keep_last=keep_last)
+                window.check(saved, task.describe)
+                with clock.paused():
+                    log.sync()
+                    notes = {**window.state_dict(), "task": task.notes()}
+                    store.save(step, task, notes, keep_last=keep_last, value=value, keep_best=keep_best)
                 saved = step
             if reason != "finished":
                 break
-    if reason != "interrupted":
-        task.export(folder.model)
-    if reason != "finished":
-        why = "stopped" if reason == "interrupted" else f"stopped after {max_minutes:g} minutes"
-        say(f"{why}: saved at step {step} of {steps} in {folder.path}; the same command with --resume goes on.")
-    return RunResult(step, steps, reason, last, None if reason == "interrupted" else folder.model)
+        store.wait()
+    exported = reason in ("finished", "time")
+    if exported:
+        task.export(store.model)
+    if reason != "finished" and world.main and store.again is not None:
+        why = f"stopped after {max_minutes:g} minutes" if reason == "time" else "stopped"
+        say(f"{why}: saved at step {step} of {steps} in {store.path}; {store.again} goes on.")
+    return RunResult(step, steps, reason, last, store.model if exported else None)
+
+
+_ENDS: tuple[Reason, ...] = ("finished", "time", "terminated", "interrupted")
 
 
 def run_as(
-    config: TrainConfig, task: Task, folder: RunFolder, *, steps: int, max_minutes: float | None, progress: Progress
+    config: TrainConfig, task: Task, store: Store, *, steps: int, max_minutes: float | None, progress: Progress
 ) -> RunResult:
-    """:func:`run` with the intervals that a config names."""
-    return run(
+    """:func:`run` with the intervals that a config names, and the curves drawn at its end."""
+    result = run(
         task,
-        folder,
+        store,
         steps=steps,
         checkpoint_every=config.checkpoint_every,
         log_every=config.log_every,
         eval_every=config.eval_every,
         keep_last=config.keep_last,
+        keep_best=config.keep_best,
         max_minutes=max_minutes,
         tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        settings=to_dict(config),
         progress=progress,
     )
+    if config.meters and task.world.main:
+        loss_plot(store.path)
+    return result
 
 
-def _resume(task: Task, folder: RunFolder) -> tuple[int, Window]:
+def _log(
+    store: Store, world: World, step: int, tensorboard: bool, wandb: str | None, settings: Mapping[str, Any] | None
+) -> MetricsLog | NoLog:
+    """The main process's log; an InputError in opening it is one in all processes."""
+    made: list[MetricsLog] = []
+    events = store.tensorboard if tensorboard else None
+
+    def make() -> None:
+        made.append(MetricsLog(store.metrics, events, first_step=step, wandb=wandb, config=settings))
+
+    world.on_main(make)
+    return made[0] if made else NoLog()
+
+
+def _resume(task: Task, store: Store) -> tuple[int, Window]:
     """Bring task and random states to the newest whole checkpoint; its step (0: none) and the unreported values."""
-    checkpoint = folder.newest()
+    checkpoint = store.newest()
     if checkpoint is None:
-        truncate_metrics(folder.metrics, 0)
-        return 0, Window()
-    state = task.state_dict()
-    folder.load(checkpoint, state)
-    task.load_state_dict(state)
-    truncate_metrics(folder.metrics, checkpoint.step)
-    say(f"resuming {folder.path} at step {checkpoint.step}.")
-    return checkpoint.step, Window(checkpoint.loop)
-
-
-class Window:
-    """The values of the steps since the last reported line. Saved with a checkpoint, so that means survive a resume."""
-
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        self._steps: list[tuple[int, Values]] = [(step, values) for step, values in (state or {}).get("window", [])]
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {"window": [[step, _floats(values)] for step, values in self._steps]}
-
-    def add(self, step: int, values: Values) -> None:
-        self._steps.append((step, values))
-
-    def check(self, saved: int) -> None:
-        """InputError naming the first step with a value that is not finite, and the step of the last checkpoint."""
-        self._steps = [(step, _floats(values)) for step, values in self._steps]
-        for step, values in self._steps:
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    raise InputError(
-                        f"Expected finite numbers in training, found {name} {value} at step {step}: "
-                        f"start a new run with a lower optim.lr or precision=fp32 (last good checkpoint: step {saved})."
-                    )
-
-    def drain(self, saved: int) -> dict[str, float]:
-        """The mean of every value, checked; the window is empty afterwards."""
-        self.check(saved)
-        columns: dict[str, list[float]] = {}
-        for _, values in self._steps:
-            for name, value in values.items():
-                columns.setdefault(name, []).append(float(value))
-        self._steps = []
-        return {name: math.fsum(column) / len(column) for name, column in columns.items()}
+        task.world.on_main(lambda: truncate_metrics(store.metrics, 0))
+        return 0, Window(task.world)
+    store.load(checkpoint, task)
+    task.take_notes(checkpoint.loop.get("task", {}))
+    task.world.on_main(lambda: truncate_metrics(store.metrics, checkpoint.step))
+    if task.world.main:
+        say(f"resuming {store.path} at step {checkpoint.step}.")
+    return checkpoint.step, Window(task.world, checkpoint.loop)
 
 
 def say(line: str) -> None:
     """A plain line on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _floats(values: Values) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}
-
-
-class StopSignals:
-    """While active, the first SIGINT or SIGTERM sets ``requested``; another SIGINT raises KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        # os.write: print is not safe inside a signal handler.
-        os.write(2, b"\nstopping: the step in progress is finished and saved; Ctrl-C again stops at once.\n")

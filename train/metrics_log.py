@@ -1,16 +1,23 @@
-"""What a run reports: one JSON line a logged step, and the same for TensorBoard where it is installed."""
+"""What a run reports: one JSON line a logged step; the same for TensorBoard where it is installed, and for W&B (Weights
+& Biases) where it is asked for."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from retinar.engine.files import write_text
+from retinar.engine.errors import InputError
+from retinar.engine.files import write_json, write_text
+
+WANDB_RUN = "wandb.json"
+"""Beside the log: which run of W&B is this folder's, so that a resumed session goes on with it."""
+WITHOUT = "or train without it: --set wandb=none"
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -44,9 +51,22 @@ def truncate_metrics(path: Path | str, step: int) -> None:
 
 
 class MetricsLog:
-    """Appends to ``path``; a context manager. ``tensorboard`` is the event folder, None for none."""
+    """Appends to ``path``; a context manager. ``tensorboard`` is the event folder, None for none.
 
-    def __init__(self, path: Path, tensorboard: Path | None = None, *, first_step: int = 0) -> None:
+    ``wandb`` is a project of W&B: the folder of ``path`` becomes a run of it, with ``config`` beside the curves.
+    InputError where wandb is not installed or does not start (no login, no network), before anything is written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensorboard: Path | None = None,
+        *,
+        first_step: int = 0,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._run = _wandb_run(path.parent, wandb, config or {}) if wandb is not None else None
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self._writer = _tensorboard_writer(tensorboard, first_step) if tensorboard is not None else None
 
@@ -59,6 +79,8 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+        if self._run is not None:
+            self._run.finish(exit_code=0 if kind is None else 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line: the step and its values. Handed to the system at once, so that a killed process loses none."""
@@ -67,10 +89,31 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+        if self._run is not None:
+            # W&B ignores steps that it has: those that a resumed run does again come out the same.
+            self._run.log(dict(values), step=step)
 
     def sync(self) -> None:
         """Flush to the disk, so that what a checkpoint counts as logged survives a power cut too."""
         os.fsync(self._file.fileno())
+
+
+class NoLog:
+    """What a process that does not report has in place of a MetricsLog."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        return None
+
+    def sync(self) -> None:
+        return None
 
 
 def _tensorboard_writer(folder: Path, first_step: int) -> Any:
@@ -80,3 +123,46 @@ def _tensorboard_writer(folder: Path, first_step: int) -> Any:
         print("tensorboard is not installed: curves go to metrics.jsonl only.", file=sys.stderr)
         return None
     return SummaryWriter(folder, purge_step=first_step + 1)
+
+
+def check_wandb(project: str | None) -> Any:
+    """The package wandb where a run is to report to W&B, else None. InputError where it is not installed: a run asks
+    this first, before it loads anything."""
+    if project is None:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(
+            f"Expected the package wandb to report to the project {project}, found none ({error}): "
+            f"pip install wandb, {WITHOUT}."
+        ) from None
+    return wandb
+
+
+def _wandb_run(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+    """The run of a folder: a new one, or the one that its earlier sessions reported to."""
+    wandb = check_wandb(project)
+    try:
+        known = json.loads((folder / WANDB_RUN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        known = {}
+    same = isinstance(known, dict) and known.get("project") == project and known.get("id")
+    identity = str(known["id"]) if same else uuid.uuid4().hex[:12]
+    try:
+        run = wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(
+            f"Expected W&B to take the project {project}, found {reason}: "
+            f"run `wandb login`, set WANDB_MODE=offline, {WITHOUT}."
+        ) from error
+    write_json(folder / WANDB_RUN, {"project": project, "id": identity})
+    return run

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from retinar.train.config import OptimConfig
+from retinar.train.parallel import gathered, local, norm_value, spread
+from retinar.train.world import World
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -87,14 +89,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradients to a global L2 norm of at most ``max_norm`` (None: leave them); returns the norm before."""
-    return nn.utils.clip_grad_norm_(list(parameters), math.inf if max_norm is None else max_norm)
+    """Scale the gradients to a global L2 norm of at most ``max_norm`` (None: leave them); returns the norm before, over
+    all processes where gradients are sharded."""
+    return norm_value(nn.utils.clip_grad_norm_(list(parameters), math.inf if max_norm is None else max_norm))
 
 
 class EMA:
     """Exponential moving average of a module's parameters, in fp32: ``average += (1 - decay) * (weight - average)``.
 
-    ``averages`` holds tensors by parameter name; they live on the parameters' device and are what a checkpoint saves.
+    ``averages`` holds tensors by parameter name; they live on the parameters' device, sharded as they are, and are what
+    a checkpoint saves.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -107,8 +111,8 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Take in the model's weights after an optimizer step."""
         parameters = dict(model.named_parameters())
-        weights = [parameters[name].detach().float() for name in self.averages]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1.0 - self.decay)
+        weights = [local(parameters[name].detach()).float() for name in self.averages]
+        torch._foreach_lerp_([local(average) for average in self.averages.values()], weights, 1.0 - self.decay)
 
     @torch.no_grad()
     def load(self, averages: dict[str, Tensor]) -> None:
@@ -123,3 +127,21 @@ class EMA:
         parameters = dict(model.named_parameters())
         for name, average in self.averages.items():
             parameters[name].copy_(average)
+
+
+def full_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> dict[str, dict[str, Tensor]]:
+    """As :func:`optimizer_state`, whole and on the CPU in the main process ({} elsewhere). All processes call it."""
+    state = optimizer_state(model, optimizer)
+    whole = {name: gathered(tensors, world) for name, tensors in state.items()}
+    return whole if world.main else {}
+
+
+def load_full_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
+) -> None:
+    """Spread what :func:`full_optimizer_state` gave, the same in every process, over the processes."""
+    own = optimizer_state(model, optimizer)
+    for name, tensors in state.items():
+        spread(tensors, own[name])

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from retinar.engine.errors import InputError
+from retinar.train.config import TrainConfig
+from retinar.train.world import World
+
 Indices = NDArray[np.int64]
 
 
@@ -41,3 +45,18 @@ class Order:
             order = generator.permutation(self.images).astype(np.int64)
             self._pass = (epoch, order, generator.integers(self.views, size=self.images, dtype=np.int64))
         return self._pass[1], self._pass[2]
+
+
+def own_rows(config: TrainConfig, world: World) -> list[Indices]:
+    """The rows of a batch that this process takes, for each part of a step; InputError when they do not come out even.
+
+    A part is an even share of the batch, a process's rows an even share of each part: so the mean over the processes of
+    mean losses and gradients is that of the batch.
+    """
+    parts, each = config.accumulation, config.batch_size // config.accumulation
+    if each % world.size:
+        raise InputError(
+            f"Expected batch_size / accumulation to be a multiple of the {world.size} processes, found "
+            f"{config.batch_size} / {parts}: set batch_size or accumulation."
+        )
+    return list(np.arange(config.batch_size).reshape(parts, world.size, -1)[:, world.rank])

@@ -38,6 +38,7 @@ from retinar.engine.sampler import Sampler
 from retinar.engine.tokenizer import VQTokenizer
 from retinar.train import recipes
 from retinar.train.budget import affordable_steps, seconds_per_step
+from retinar.train.code_fit import fit_to_codes
 from retinar.train.codes import CodeSet, encode_folder
 from retinar.train.config import GPTTrainConfig, TokenizerTrainConfig, apply_overrides
 from retinar.train.data.images import ImageSet
@@ -45,7 +46,7 @@ from retinar.train.data.manifest import MANIFEST
 from retinar.train.data.prepare import prepare
 from retinar.train.device import pick_device
 from retinar.train.export import export_release
-from retinar.train.gpt import GPTTask, fit_to_codes, train_gpt
+from retinar.train.gpt import GPTTask, train_gpt
 from retinar.train.loop import RunResult
 from retinar.train.perceptual import PerceptualLoss
 from retinar.train.tokenizer import TokenizerTask, train_tokenizer

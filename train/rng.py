@@ -52,6 +52,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_process(seed: int, rank: int) -> None:
+    """Random numbers of its own for a process of a parallel run, after weights that all have in common were drawn.
+
+    Process 0 goes on with what it has, as a run of one process does.
+    """
+    if rank:
+        seed_everything(int(np.random.default_rng([seed, rank]).integers(2**63 - 1)))
+
+
+def seed_new_process(rank: int, step: int) -> None:
+    """As :func:`seed_process`, for one that joins a run at ``step``; the seed is drawn from the present states."""
+    seed_process(torch.initial_seed() % 2**63 + step, rank)
+
+
 def _to_text(state: torch.Tensor) -> str:
     return base64.b64encode(state.numpy().tobytes()).decode("ascii")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -92,9 +93,12 @@ def test_loss_and_every_gradient(golden: Path, expected: Mapping[str, Tensor], r
     check_loss_and_gradients(load(golden).train(), expected, ran.attention)
 
 
-def test_activation_checkpointing_changes_no_gradient(golden: Path, expected: Mapping[str, Tensor]) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(
+    golden: Path, expected: Mapping[str, Tensor], recompute: Literal["selective", "full"]
+) -> None:
     model = load(golden).train()
-    model.activation_checkpointing = True
+    model.activation_checkpointing = recompute
     check_loss_and_gradients(model, expected)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retinar.engine.config import GPT_SIZES, GPTConfig, gpt_config
 from retinar.engine.errors import InputError
-from retinar.engine.model import GPT, DropPath, from_upstream_state_dict, to_upstream_state_dict
+from retinar.engine.model import GPT, DropPath, Recompute, from_upstream_state_dict, to_upstream_state_dict
 from retinar.kernels import ops
 
 PLAIN = GPTConfig(
@@ -161,15 +161,15 @@ DROPOUTS = {
 
 
 @pytest.mark.parametrize("changes", DROPOUTS.values(), ids=DROPOUTS.keys())
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropouts_replay_from_the_generator_state(changes: dict[str, float], checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_dropouts_replay_from_the_generator_state(changes: dict[str, float], checkpointing: Recompute) -> None:
     """The same state gives the same loss and gradients to the bit, with and without recomputation; another does not."""
     model = build(**changes)
     inputs = batch(model, rows=8)
     torch.manual_seed(5)
     state = torch.get_rng_state()
 
-    def gradients(recompute: bool) -> list[Tensor]:
+    def gradients(recompute: Recompute) -> list[Tensor]:
         torch.set_rng_state(state)
         model.activation_checkpointing = recompute
         model.zero_grad()
@@ -177,8 +177,8 @@ def test_dropouts_replay_from_the_generator_state(changes: dict[str, float], che
         loss.backward()
         return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
-    first = gradients(recompute=False)
-    assert all(torch.equal(a, b) for a, b in zip(first, gradients(recompute=checkpointing), strict=True))
+    first = gradients("none")
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(checkpointing), strict=True))
     assert not torch.equal(model.loss(*inputs), first[0])  # the stream has moved on
     model.eval()
     assert torch.equal(model.loss(*inputs), model.loss(*inputs))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from retinar.engine.progress import silent
-from retinar.train import gpt, state
+from retinar.train import checkpoints, gpt
 from tests.train.tiny import tiny_config
 
 
@@ -45,9 +45,9 @@ def main(codes: str, run: str, point: str = "none", number: str = "1") -> None:
     if point == "step":
         die_at_call(gpt, "clip_gradients", count)
     elif point == "tensors":
-        die_at_call(state, "write_json", count, when=lambda path, *_: Path(path).name == "checkpoint.json")
+        die_at_call(checkpoints, "write_json", count, when=lambda path, *_: Path(path).name == "checkpoint.json")
     elif point == "rename":
-        die_at_call(state.os, "rename", count, when=lambda path, *_: str(path).endswith(".partial"))
+        die_at_call(checkpoints.os, "rename", count, when=lambda path, *_: str(path).endswith(".partial"))
     elif point == "prune":
 
         def half(path: Any, *_: Any, **__: Any) -> None:
@@ -55,7 +55,7 @@ def main(codes: str, run: str, point: str = "none", number: str = "1") -> None:
             die()
 
         original = shutil.rmtree
-        state.shutil.rmtree = lambda path, *a, **k: (half if Path(path).exists() else original)(path, *a, **k)
+        checkpoints.shutil.rmtree = lambda path, *a, **k: (half if Path(path).exists() else original)(path, *a, **k)
     gpt.train_gpt(tiny_config(keep_last=1), codes, run, valid=codes, resume=True, progress=silent)
 
 

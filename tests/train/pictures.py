@@ -74,6 +74,7 @@ def picture_config(**changes: object) -> TokenizerTrainConfig:
         "eval_every": 4,
         "checkpoint_every": 3,
         "tensorboard": False,
+        "meters": False,
         "device": "cpu",
     }
     return TokenizerTrainConfig(**{**values, **changes})  # type: ignore[arg-type]

@@ -13,9 +13,10 @@ import torch
 
 from retinar.engine.model import GPT
 from retinar.train import recipes
+from retinar.train.code_fit import check_codes
 from retinar.train.codes import CodeSet
 from retinar.train.config import apply_overrides
-from retinar.train.gpt import GPTTask, check_codes
+from retinar.train.gpt import GPTTask
 from retinar.train.rng import seed_everything
 from tests.train.tiny import write_codes
 

@@ -21,12 +21,15 @@ from retinar.train import loop
 from retinar.train.metrics_log import loss_curve, read_metrics
 from retinar.train.rng import seed_everything
 from retinar.train.state import RunFolder
+from retinar.train.world import World
 
 
 class Toy:
     """A weight that every step moves by numbers from the three global generators."""
 
     name = "toy"
+    criterion = "valid_loss"
+    world = World(torch.device("cpu"))
     done = 0
 
     def __init__(self) -> None:
@@ -49,6 +52,18 @@ class Toy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.weight.copy_(state["weight"])
+
+    def describe(self, step: int) -> str:
+        return f"images of step {step}"
+
+    def meters(self) -> None:
+        return None
+
+    def notes(self) -> dict[str, Any]:
+        return {"seen": len(self.seen)}
+
+    def take_notes(self, notes: dict[str, Any]) -> None:
+        self.taken = notes
 
     def evaluate(self, step: int) -> dict[str, float]:
         return {"valid_loss": float(torch.rand(())) + random.random()}  # draws: must not disturb training
@@ -156,7 +171,7 @@ def test_minutes_end_a_run_with_a_checkpoint_and_a_model(tmp_path: Path) -> None
 def test_sigterm_saves_and_stops_like_ctrl_c(tmp_path: Path) -> None:
     task = Toy()
     task.hook = lambda step: step == 6 and os.kill(os.getpid(), signal.SIGTERM)
-    assert train(tmp_path / "run", task).reason == "interrupted"
+    assert train(tmp_path / "run", task).reason == "terminated"
     assert (tmp_path / "run" / "checkpoints" / "step-0000007").is_dir()
 
 

@@ -83,8 +83,9 @@ def test_killed_at_random_moments(whole: tuple[Path, Path], tmp_path: Path) -> N
     assert kills, "no process was still running when it was killed"
 
 
-def test_ctrl_c_in_a_process(whole: tuple[Path, Path], tmp_path: Path) -> None:
-    """The command line: SIGINT saves, says how to go on, exits 130; the resumed run equals the uninterrupted one."""
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_stopped_from_outside(sent: signal.Signals, code: int, whole: tuple[Path, Path], tmp_path: Path) -> None:
+    """The command line: Ctrl-C and a preempted machine's SIGTERM save and say how to go on; the run can be resumed."""
     codes, _ = whole
     run = tmp_path / "run"
     base = [sys.executable, "-m", "retinar", "train", "gpt", "--data", str(codes), "--out", str(run)]
@@ -95,9 +96,9 @@ def test_ctrl_c_in_a_process(whole: tuple[Path, Path], tmp_path: Path) -> None:
     deadline = time.monotonic() + 300
     while len(read_metrics(run / "metrics.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, told = process.communicate(timeout=300)
-    assert process.returncode == 130, told
+    assert process.returncode == code, told
     assert "--resume" in told and "saved at step" in told
     (saved,) = (run / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))

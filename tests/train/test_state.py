@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from retinar.engine.errors import InputError
-from retinar.train import state as state_module
+from retinar.train import checkpoints as checkpoints_module
 from retinar.train.rng import preserved_rng, rng_state, seed_everything
 from retinar.train.state import RunFolder, read_run
 
@@ -28,14 +29,33 @@ def tensors(value: float) -> dict[str, Any]:
     return {"model": {"weight": weight, "scalar": torch.tensor(value)}, "optimizer": {"w.x": {"step": weight[0] * 2}}}
 
 
+class Holder:
+    """Something whose state is these tensors."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state is self.state
+
+
+def save(run: RunFolder, step: int, state: dict[str, Any], loop: dict[str, Any], **options: Any) -> None:
+    """A save to its end."""
+    run.save(step, Holder(state), loop, **options)
+    run.wait()
+
+
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
-        run.save(7, tensors(1.5), {"window": [[7, {"loss": 0.1}]]}, keep_last=2)
+        save(run, 7, tensors(1.5), {"window": [[7, {"loss": 0.1}]]}, keep_last=2)
         found = run.newest()
         assert found is not None and found.step == 7 and found.loop == {"window": [[7, {"loss": 0.1}]]}
         target = tensors(0.0)
         weight = target["model"]["weight"]
-        run.load(found, target)
+        run.load(found, Holder(target))
         assert weight.eq(1.5).all() and target["model"]["weight"] is weight, "read into the tensors in place"
         assert target["model"]["scalar"] == 1.5 and target["optimizer"]["w.x"]["step"].eq(3.0).all()
 
@@ -47,12 +67,12 @@ def test_random_states_return(tmp_path: Path) -> None:
     seed_everything(5)
     random.gauss(0, 1), np.random.normal()  # leaves half a pair in both generators
     with start(tmp_path / "run") as run:
-        run.save(1, tensors(0.0), {}, keep_last=1)
+        save(run, 1, tensors(0.0), {}, keep_last=1)
         expected = draw()
         seed_everything(6)
         found = run.newest()
         assert found is not None
-        run.load(found, tensors(0.0))
+        run.load(found, Holder(tensors(0.0)))
         assert draw() == expected
     state = rng_state()
     with preserved_rng():
@@ -64,7 +84,7 @@ def test_random_states_return(tmp_path: Path) -> None:
 def test_keeps_the_last_n(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
         for step in (1, 2, 3, 10):
-            run.save(step, tensors(step), {}, keep_last=2)
+            save(run, step, tensors(step), {}, keep_last=2)
         assert run.steps() == [10, 3]
         assert sorted(entry.name for entry in run.checkpoints.iterdir()) == ["step-0000003", "step-0000010"]
 
@@ -73,7 +93,7 @@ def test_keeps_the_last_n(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with start(tmp_path / "run") as run:
         for step in (1, 2):
-            run.save(step, tensors(step), {}, keep_last=2)
+            save(run, step, tensors(step), {}, keep_last=2)
         newest = run.checkpoints / "step-0000002"
         (data,) = newest.glob("*.distcp")
         content = bytearray(data.read_bytes())
@@ -91,10 +111,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys
         told = capsys.readouterr().err
         assert "step-0000002" in told and "damaged" in told
         target = tensors(0.0)
-        run.load(found, target)
+        run.load(found, Holder(target))
         assert target["model"]["scalar"] == 1
         # The step is done again and saved where the damaged one was.
-        run.save(2, tensors(2), {}, keep_last=2)
+        save(run, 2, tensors(2), {}, keep_last=2)
         assert run.steps() == [2, 1]
         again = run.newest()
         assert again is not None and again.step == 2
@@ -102,7 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, capsys
 
 def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
-        run.save(1, tensors(1), {}, keep_last=1)
+        save(run, 1, tensors(1), {}, keep_last=1)
         (run.checkpoints / "step-0000001" / ".metadata").unlink()
         with pytest.raises(InputError, match="1 damaged"):
             run.newest()
@@ -110,7 +130,7 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
 
 def test_half_written_checkpoints_are_ignored_and_removed(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
-        run.save(1, tensors(1), {}, keep_last=1)
+        save(run, 1, tensors(1), {}, keep_last=1)
         partial = run.checkpoints / ".step-0000002.partial"
         partial.mkdir()
         (partial / "__0_0.distcp").write_bytes(b"half")
@@ -120,27 +140,27 @@ def test_half_written_checkpoints_are_ignored_and_removed(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(state_module.dcp.FileSystemWriter):
+    class Full(checkpoints_module.dcp.FileSystemWriter):
         def write_data(self, *_: Any) -> Any:
             raise OSError(28, "No space left on device")
 
     with start(tmp_path / "run") as run:
-        run.save(1, tensors(1), {}, keep_last=1)
-        monkeypatch.setattr(state_module.dcp, "FileSystemWriter", Full)
+        save(run, 1, tensors(1), {}, keep_last=1)
+        monkeypatch.setattr(checkpoints_module.dcp, "FileSystemWriter", Full)
         with pytest.raises(InputError, match="No space left"):
-            run.save(2, tensors(2), {}, keep_last=1)
+            save(run, 2, tensors(2), {}, keep_last=1)
         assert [entry.name for entry in run.checkpoints.iterdir()] == ["step-0000001"]
 
 
 def test_a_checkpoint_of_another_shape_is_a_sentence(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
-        run.save(1, tensors(1), {}, keep_last=1)
+        save(run, 1, tensors(1), {}, keep_last=1)
         found = run.newest()
         assert found is not None
         with pytest.raises(InputError, match="step-0000001"):
-            run.load(found, {"model": {"weight": torch.zeros(4, 4)}})
+            run.load(found, Holder({"model": {"weight": torch.zeros(4, 4)}}))
         with pytest.raises(InputError, match="nothere"):
-            run.load(found, {"model": {"nothere": torch.zeros(1)}})
+            run.load(found, Holder({"model": {"nothere": torch.zeros(1)}}))
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -198,3 +218,38 @@ def test_a_place_that_cannot_be_written_raises_oserror(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         start(tmp_path / "file" / "run")
+
+
+def test_a_save_returns_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the state at the call, whatever the training does meanwhile."""
+    go_on = threading.Event()
+
+    class Slow(checkpoints_module.dcp.FileSystemWriter):
+        def write_data(self, *arguments: Any) -> Any:
+            assert go_on.wait(60)
+            return super().write_data(*arguments)
+
+    monkeypatch.setattr(checkpoints_module.dcp, "FileSystemWriter", Slow)
+    with start(tmp_path / "run") as run:
+        state = tensors(1.0)
+        run.save(1, Holder(state), {}, keep_last=1)
+        assert run.steps() == []
+        state["model"]["weight"].fill_(9.0)
+        go_on.set()
+        run.wait()
+        found = run.newest()
+        assert found is not None and found.step == 1
+        target = tensors(0.0)
+        run.load(found, Holder(target))
+        assert target["model"]["weight"].eq(1.0).all()
+
+
+def test_keeps_the_best_beside_the_last(tmp_path: Path) -> None:
+    with start(tmp_path / "run") as run:
+        for step, value in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
+            save(run, step, tensors(step), {}, keep_last=1, value=value, keep_best=True)
+        assert run.steps() == [5, 2]
+        save(run, 6, tensors(6), {}, keep_last=1, value=1.0, keep_best=True)
+        assert run.steps() == [6], "of equals the newest"
+        save(run, 7, tensors(7), {}, keep_last=1)
+        assert run.steps() == [7]

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,16 +33,9 @@ from retinar.train.gpt import (
     train_gpt,
 )
 from retinar.train.metrics_log import read_metrics
-from tests.train.tiny import CLASSES, GRID, VOCAB, tiny_config, write_codes
+from tests.train.tiny import CLASSES, GRID, VOCAB, quiet_config, tiny_config, write_codes
 
 CPU = torch.device("cpu")
-
-
-def quiet_config(**changes: Any) -> GPTTrainConfig:
-    """tiny_config without any dropout."""
-    config = tiny_config(**changes)
-    names = ("token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "class_dropout_prob")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **dict.fromkeys(names, 0.0)))
 
 
 def make_task(config: GPTTrainConfig, codes: Path) -> GPTTask:
@@ -87,11 +79,12 @@ def test_accumulation_changes_nothing(codes: Path) -> None:
 def test_checkpointed_activations_change_nothing(codes: Path) -> None:
     """With dropout on: the recomputation drops the same elements."""
     losses = []
-    for setting in ("none", "full"):
+    for setting in ("none", "selective", "full"):
         task = make_task(tiny_config(activation_checkpointing=setting), codes)
         torch.manual_seed(1)
         losses.append([float(task.step(step)["loss"]) for step in range(4)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
 
 
 def test_bf16_keeps_master_weights_and_nearly_the_loss(codes: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -67,5 +68,13 @@ def tiny_config(**changes: Any) -> GPTTrainConfig:
         "checkpoint_every": 4,
         "device": "cpu",
         "tensorboard": False,
+        "meters": False,
     }
     return GPTTrainConfig(**{**values, **changes})
+
+
+def quiet_config(**changes: Any) -> GPTTrainConfig:
+    """tiny_config without any dropout."""
+    config = tiny_config(**changes)
+    names = ("token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "class_dropout_prob")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **dict.fromkeys(names, 0.0)))
