@@ -109,7 +109,7 @@ def read_upstream(path: Path | str, *, ema: bool = False) -> UpstreamFile:
     path = Path(path)
     if path.is_dir():
         path = path / CONSOLIDATED
-    content = _unpickle(path)
+    content = unpickle(path)
     if not isinstance(content, Mapping):
         raise InputError(f"Expected a checkpoint in {path}, found a {type(content).__name__}: give another file.")
     where = _place(path, content, ema)
@@ -148,7 +148,7 @@ def _place(path: Path, content: Mapping[Any, Any], ema: bool) -> str | None:
     )
 
 
-def _unpickle(path: Path) -> Any:
+def unpickle(path: Path) -> Any:
     """``torch.load`` without running anything from the file; every way to fail becomes one sentence."""
     if not path.is_file():
         raise InputError(f"Expected a checkpoint at {path}, found no such file: check the path.")

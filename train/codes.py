@@ -1,29 +1,29 @@
-"""Photographs -> codes: what the transformer is trained on. See ``code_files`` for the formats."""
+"""Photographs -> codes: what the transformer is trained on. See ``code_layout`` for the formats."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from retinar.engine.checkpoint import digest, load_tokenizer
+from retinar.engine.config import ConfigSource, TokenizerConfig
 from retinar.engine.errors import InputError
-from retinar.engine.progress import Progress, plain
-from retinar.engine.tokenizer import VQTokenizer
+from retinar.engine.progress import Progress, plain, silent
 from retinar.train.code_files import MAX_VOCABULARY, CodeSet, CodeWriter, Layout
-from retinar.train.crops import fingerprint, to_tensor
+from retinar.train.crops import fingerprint
 from retinar.train.data.images import ImageSet
 from retinar.train.device import pick_device
+from retinar.train.encoding import Encoding, Photographs, run_in_processes, shares
+from retinar.train.patience import apart, patient
+from retinar.train.views import Kind, Views
+from retinar.train.world import World
 
-__all__ = ["CodeSet", "encode_folder", "encode_pixels"]
-
-VIEWS = ("image", "mirror")
-BLOCK = 32
-"""Images between two notes of progress: what a kill costs at most."""
-GPU_ROWS = 16
+__all__ = ["CodeSet", "encode_folder", "encode_images"]
 
 
 def encode_folder(
@@ -34,68 +34,132 @@ def encode_folder(
     layout: Layout = "packed",
     *,
     dataset: str = "fundus",
+    views: Kind = "mirror",
+    crop_range: float = 1.1,
     device: str = "auto",
+    devices: Sequence[str] = (),
+    world: World | None = None,
     progress: Progress = plain,
 ) -> dict[str, Any]:
-    """Codes of one split's photographs and of their mirrors, into ``out``; what meta.json says of them.
+    """Codes of one split's photographs, a few views of each, into ``out``; what describes them.
 
-    ``tokenizer``: a checkpoint of any kind. The photographs have its ``image_size``. An interrupted call is taken up
-    where it stopped, a finished one is recognised and nothing done; other contents in ``out`` are refused. Codes are
-    computed in fp32 and do not depend on how the work is cut. ``dataset`` names upstream's folders. InputError as the
-    parts raise it.
+    ``tokenizer``: a checkpoint of any kind. With views "mirror" (the image and its mirror) the photographs have its
+    ``image_size``; for "ten-crop" they may have any, and should have ``crop_range`` times that: smaller ones are
+    enlarged. ``dataset`` names upstream's folders. For ``devices`` and ``world`` see :func:`encode_images`; without
+    them everything happens here, on ``device``. InputError as the parts raise it.
     """
-    where = pick_device(device)
-    model = load_tokenizer(tokenizer, device=where)
-    config = model.config
-    if config.codebook_size > MAX_VOCABULARY:
-        raise InputError(f"Expected a codebook of at most {MAX_VOCABULARY} codes, found {config.codebook_size}.")
-    images = ImageSet(data, split, size=config.image_size)
-    identity = {
-        "split": split,
-        "classes": list(images.classes),
-        "grid": config.grid,
-        "images": len(images),
-        "views": len(VIEWS),
-        "tokenizer_digest": digest(tokenizer),
-        "photographs_sha256": fingerprint(images),
-    }
-    stem = f"{dataset}{config.image_size}"
-    writer = CodeWriter(out, layout, identity, stem=stem)
-    names = [path.relative_to(images.root).as_posix() for path in images.paths]
-    meta = {
-        "view_names": list(VIEWS),
-        "image_size": config.image_size,
-        "tokenizer_config": config.to_dict(),
-        "names": names,
-    }
-    if not writer.complete:
-        with progress(f"encode {split}", len(images)) as bar:
-            bar.advance(writer.done)
-            for first in range(writer.done, len(images), BLOCK):
-                chosen = range(first, min(first + BLOCK, len(images)))
-                codes = encode_pixels(model, images.load_batch(chosen))
-                writer.write(codes, images.labels[chosen.start : chosen.stop])
-                bar.advance(len(chosen))
-            writer.finish(images.labels, meta)
+    tokenizer = Path(tokenizer)
+    world = world or World(pick_device(device))
+
+    def photographs(config: TokenizerConfig) -> ImageSet:
+        images = ImageSet(data, split, size=config.image_size if views == "mirror" else None)
+        side = Views(views, config.image_size, crop_range).side
+        if world.main and views == "ten-crop" and (smallest := min(images.load(0).shape[:2])) < side:
+            print(
+                f"photographs of {smallest} pixels are enlarged to {side} for ten crops: retinar prepare --size "
+                f"{side} keeps more of them.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return images
+
+    return encode_images(
+        photographs,
+        tokenizer,
+        out,
+        layout,
+        views=views,
+        crop_range=crop_range,
+        stem=dataset,
+        identity=lambda images: {"split": split, "photographs_sha256": fingerprint(images)},
+        label=f"encode {split}",
+        devices=devices,
+        world=world,
+        progress=progress,
+    )
+
+
+def encode_images(
+    photographs: Callable[[TokenizerConfig], Any],
+    tokenizer: Path,
+    out: Path | str,
+    layout: Layout,
+    *,
+    views: Kind,
+    crop_range: float,
+    stem: str,
+    identity: Callable[[Any], dict[str, Any]],
+    label: str,
+    config: ConfigSource | None = None,
+    threads: int | None = None,
+    devices: Sequence[str] = (),
+    world: World,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The codes of ``photographs(config of the tokenizer)`` into ``out``; what describes them.
+
+    An interrupted call is taken up where it stopped, a finished one is recognised and nothing done; other contents are
+    refused. Codes are computed in fp32 and do not depend on how the work is cut: not on threads, and not on the number
+    of processes, be they those of ``world`` or one for each of ``devices``, started here. ``identity(photographs)``:
+    what besides the tokenizer and the views decides the contents. ``stem`` comes before the size in upstream's names.
+    """
+    world = patient(world)
+    images: Photographs | None = None
+
+    def begin() -> tuple[CodeWriter, TokenizerConfig, list[int]]:
+        nonlocal images
+        settings = load_tokenizer(tokenizer, config).config
+        if settings.codebook_size > MAX_VOCABULARY:
+            raise InputError(f"Expected a codebook of at most {MAX_VOCABULARY} codes, found {settings.codebook_size}.")
+        cut = Views(views, settings.image_size, crop_range)
+        images = photographs(settings)
+        decides = {
+            **identity(images),
+            "classes": list(images.classes),
+            "grid": settings.grid,
+            "images": len(images),
+            "views": len(cut.names),
+            "tokenizer_digest": digest(tokenizer),
+            **({"crop_range": crop_range} if views == "ten-crop" else {}),
+        }
+        writer = CodeWriter(out, layout, decides, stem=f"{stem}{settings.image_size}")
+        return writer, settings, [] if writer.complete else writer.blocks.missing()
+
+    writer, settings, missing = world.on_main(begin)
+    if writer.complete:
+        return {**writer.identity, "path": str(out)}
+    if images is None:
+        images = photographs(settings)
+    cut = Views(views, settings.image_size, crop_range)
+    each = max(1, (threads or torch.get_num_threads()) // max(1, len(devices)))
+    encoding = Encoding(images, tokenizer, settings, cut, writer.blocks, each)
+    _encode(encoding, missing, devices, world, label, progress)
+    world.on_main(partial(writer.finish, images.labels, _meta(images, cut, settings)))
     return {**writer.identity, "path": str(out)}
 
 
-@torch.no_grad()
-def encode_pixels(model: VQTokenizer, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """uint8 [B, H, W, 3] -> codes uint16 [B, 2, T] of the images and their mirrors.
+def _encode(
+    encoding: Encoding, missing: list[int], devices: Sequence[str], world: World, label: str, progress: Progress
+) -> None:
+    blocks = encoding.blocks
+    share = shares(missing, world.size)[world.rank]
+    if world.size > 1:
+        label += f" ({world.size} processes, the first one's share)"
+    count = sum(len(blocks.span(first)) for first in share)
+    done = 0 if world.size > 1 else len(encoding.images) - count
+    with (progress if world.main else silent)(label, count + done) as bar:
+        bar.advance(done)
+        if devices and len(share) > 1:
+            run_in_processes(encoding, share, devices, bar)
+        else:
+            device = torch.device(devices[0]) if devices else world.device
+            apart(world, lambda: encoding.run(share, device, bar.advance))
 
-    Convolutions may round differently for another number of images, and a code near a boundary flips. So they always
-    get the same number: one on the CPU (batches gain nothing there), 16 on a GPU, the last ones padded; and no TF32.
-    """
-    device = next(model.parameters()).device
-    views = np.stack([pixels_BHWC, pixels_BHWC[:, :, ::-1]], axis=1).reshape(-1, *pixels_BHWC.shape[1:])
-    rows = 1 if device.type == "cpu" else GPU_ROWS
-    found = []
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        for first in range(0, len(views), rows):
-            part = views[first : first + rows]
-            padded = np.zeros((rows, *part.shape[1:]), np.uint8)
-            padded[: len(part)] = part
-            found.append(model.encode(to_tensor(padded).to(device))[: len(part)].flatten(1).cpu())
-    codes = torch.cat(found).view(len(pixels_BHWC), len(VIEWS), -1)
-    return codes.numpy().astype(np.uint16)
+
+def _meta(images: Photographs, cut: Views, settings: TokenizerConfig) -> dict[str, Any]:
+    return {
+        "view_names": list(cut.names),
+        "image_size": settings.image_size,
+        "tokenizer_config": settings.to_dict(),
+        "names": [path.relative_to(images.root).as_posix() for path in images.paths],
+    }

@@ -49,7 +49,9 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         ways = []
         if getattr(config, "activation_checkpointing", None) in ("none", "selective"):
             ways.append("activation_checkpointing=full (or selective)")
-        if config.accumulation < config.batch_size:
+        if config.parallel != "ddp":  # parts would keep whole gradients between them there
+            ways.append("a smaller batch_size, or more GPUs")
+        elif config.accumulation < config.batch_size:
             ways.append(f"accumulation={2 * config.accumulation}")
         if config.parallel in ("ddp", "sdp"):
             ways.append("parallel=fsdp under torchrun")

@@ -102,7 +102,7 @@ class GPTTask:
         applied = self.guard.allows(step, grad_norm, self.describe(step))
         if applied:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.clear_gradients(self.optimizer, len(self.rows))
         if applied and self.ema is not None:
             self.ema.update(self.model)
         found: dict[str, float | Tensor] = {"loss": loss, "grad_norm": grad_norm} if applied else {}

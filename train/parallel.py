@@ -51,6 +51,12 @@ class Parallel:
             self.forward.set_is_last_backward(last)
         yield
 
+    def clear_gradients(self, optimizer: torch.optim.Optimizer, parts: int) -> None:
+        """After a step of so many parts. Parts under DDP add to its buckets, where gradients must stay for that: made
+        anew, they would exist twice."""
+        kept = isinstance(self.forward, DistributedDataParallel) and parts > 1
+        optimizer.zero_grad(set_to_none=not kept)
+
     def reshard(self) -> None:
         """After a forward pass without a backward one: weights that it has left gathered are pieces again."""
         if isinstance(self.forward, FSDPModule):

@@ -152,7 +152,7 @@ class TokenizerTask:
         applied = self.guard.allows(step, norm, self.describe(step))
         if applied:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.clear_gradients(self.optimizer, self.config.accumulation)
         if applied and self.ema is not None:
             self.ema.update(self.model)
         if self.revival is not None and self.revival.due(step):
@@ -251,7 +251,7 @@ class TokenizerTask:
                 values[name] += share * value.detach().float()
         clip_gradients(adversary.parameters(), self.config.disc_optim.grad_clip)
         self.disc_optimizer.step()
-        self.disc_optimizer.zero_grad(set_to_none=True)
+        self.judge.clear_gradients(self.disc_optimizer, self.config.accumulation)
         return values
 
     @torch.no_grad()

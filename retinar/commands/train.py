@@ -19,6 +19,7 @@ class Train:
     """Train a tokenizer on prepared photographs, or a transformer (gpt) on codes, from a recipe.
 
     Example: retinar train gpt --recipe fundus-cpu --data codes --tokenizer runs/vq/model --out runs/gpt
+    On several GPUs: torchrun --nproc-per-node 8 -m retinar train gpt --set parallel=fsdp ...
     """
 
     what: Annotated[Literal["tokenizer", "gpt"], tyro.conf.Positional]
@@ -45,6 +46,12 @@ class Train:
     """Save, export and stop after so many minutes; --resume goes on."""
     print_config: bool = False
     """Print the complete config as JSON and do nothing else."""
+    plan: bool = False
+    """gpt: print what each parallel mode would need on each GPU, and which settings fit, and do nothing else."""
+    gpus: int = 8
+    """--plan: GPUs in all."""
+    gpu_memory: float = 80.0
+    """--plan: memory of a GPU, GiB."""
 
     def run(self, progress: Progress) -> dict[str, object]:
         from retinar.engine.errors import InputError
@@ -55,6 +62,8 @@ class Train:
         config = apply_overrides(self._start(), self.set)
         if self.print_config:
             return self._config(config)
+        if self.plan:
+            return self._plan(config, progress)
         if self.data is None or self.out is None:
             missing = "--data" if self.data is None else "--out"
             raise InputError(f"Expected {missing} for training, found none: see `retinar train --help`.")
@@ -93,24 +102,38 @@ class Train:
 
         return to_dict(self._fitted(config) if self.what == "gpt" and self.data is not None else config)
 
+    def _plan(self, config: Any, progress: Progress) -> dict[str, object]:
+        """What the config would need on so many GPUs."""
+        from retinar.engine.errors import InputError
+        from retinar.train.plan import plan
+
+        if self.what != "gpt":
+            raise InputError("Expected --plan with `train gpt` only, found it with `train tokenizer`: leave it out.")
+        return plan(self._fitted(config), gpus=self.gpus, gpu_memory=self.gpu_memory, progress=progress).to_dict()
+
     def _fitted(self, config: Any) -> Any:
         """The config of a transformer as the codes in --data fit it; what is said by hand wins."""
+        from retinar.train.code_fit import default_codes, fit_to_codes
         from retinar.train.codes import CodeSet
         from retinar.train.config import apply_overrides
-        from retinar.train.gpt import default_codes, fit_to_codes
 
         if self.data is None or not config.fit_to_codes:
             return config
         return apply_overrides(fit_to_codes(config, CodeSet(default_codes(self.data)[0])), self.set)
 
     def render(self, summary: Mapping[str, Any]) -> str:
-        """The summary as text; a config as JSON."""
+        """The summary as text; a config as JSON; a plan as a table."""
         from retinar import ui
 
+        if self.plan:
+            from retinar.train.plan_table import table
+
+            return table(summary)
         return json.dumps(summary, indent=2) if self.print_config else "\n".join(ui.lines(summary))
 
     def _gpt(self, config: Any, progress: Progress) -> Any:
-        from retinar.train.gpt import default_codes, train_gpt
+        from retinar.train.code_fit import default_codes
+        from retinar.train.gpt import train_gpt
 
         assert self.data is not None and self.out is not None
         data, valid = default_codes(self.data)

@@ -11,18 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retinar.engine.checkpoint import digest, load_tokenizer, save_tokenizer
 from retinar.engine.errors import InputError
 from retinar.engine.progress import silent
 from retinar.engine.tokenizer import VQTokenizer
-from retinar.train import codes as codes_module
-from retinar.train.code_files import META, UNFINISHED, CodeSet, CodeWriter, Layout
-from retinar.train.codes import encode_folder, encode_pixels
+from retinar.train import code_writer
+from retinar.train.code_files import CodeSet, CodeWriter, Layout
+from retinar.train.code_layout import META, meta_file, note_file
+from retinar.train.code_writer import Blocks
+from retinar.train.codes import encode_folder
 from retinar.train.crops import to_tensor
 from retinar.train.data.images import ImageSet
+from retinar.train.encoding import Encoding, encode_pixels
 from tests.train.pictures import MODEL, SIZE, write_pictures
 
 GRID = 8
@@ -82,18 +85,20 @@ def test_image_and_mirror(data: Path, tokenizer: Path, packed: Path) -> None:
 def test_cut_and_stopped_anywhere_the_files_are_the_same(
     block: int, layout: Layout, data: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches of other sizes, and a stop in the middle of every one of them."""
+    """Blocks of other sizes, and a stop in the middle of every one of them."""
     encode_folder(data, tokenizer, tmp_path / "whole", layout=layout, progress=silent)
-    monkeypatch.setattr(codes_module, "BLOCK", block)
-    original, stops = CodeWriter._note, [0]
+    monkeypatch.setattr(code_writer, "BLOCKS", 1)
+    monkeypatch.setattr(code_writer, "BLOCK", block)
+    original, stops = code_writer._put, [0]
 
-    def stop_before_noting(self: CodeWriter, done: int) -> None:
+    def stop_before_writing(path: Path, content: bytes) -> None:
         stops[0] += 1
-        if done and stops[0] % 2:
+        if stops[0] % 7 == 2:
+            path.with_name(f".{path.name}.1.partial").write_bytes(content[: len(content) // 2])
             raise Stopped
-        original(self, done)
+        original(path, content)
 
-    monkeypatch.setattr(CodeWriter, "_note", stop_before_noting)
+    monkeypatch.setattr(code_writer, "_put", stop_before_writing)
     out = tmp_path / "stopped"
     for _ in range(30):
         try:
@@ -102,10 +107,39 @@ def test_cut_and_stopped_anywhere_the_files_are_the_same(
         except Stopped:
             with pytest.raises(InputError, match="encoding under way"):
                 CodeSet(out)
+        monkeypatch.setattr(code_writer, "BLOCK", 5)  # a folder keeps the size that it was begun with
     else:
         pytest.fail("it never ended")
     assert stops[0] > 2
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("packed", ".encoding/000000002"), ("upstream", f"fundus{SIZE}_codes/3.npy")]
+)
+def test_what_a_power_cut_emptied_is_made_again(
+    layout: Layout, name: str, data: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    def note(self: Blocks, first: int, *rest: Any) -> None:
+        made.append(first)
+        original(self, first, *rest)
+
+    made: list[int] = []
+    original = Blocks.write
+    monkeypatch.setattr(code_writer, "BLOCKS", 4)  # of two images each
+    encode_folder(data, tokenizer, tmp_path / "whole", layout=layout, progress=silent)
+    with monkeypatch.context() as patch:
+        patch.setattr(CodeWriter, "finish", stop)
+        with pytest.raises(Stopped):
+            encode_folder(data, tokenizer, tmp_path / "out", layout=layout, progress=silent)
+    (tmp_path / "out" / name).write_bytes(b"")
+    monkeypatch.setattr(Blocks, "write", note)
+    encode_folder(data, tokenizer, tmp_path / "out", layout=layout, progress=silent)
+    assert made == [2]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_both_layouts_hold_the_same(data: Path, tokenizer: Path, packed: Path, tmp_path: Path) -> None:
@@ -116,7 +150,7 @@ def test_both_layouts_hold_the_same(data: Path, tokenizer: Path, packed: Path, t
     ours, theirs = CodeSet(packed), CodeSet(tmp_path / "up")
     assert np.array_equal(ours.codes, theirs.codes) and np.array_equal(ours.labels, theirs.labels)
     assert theirs.meta["classes"] == ["healthy", "npdr"] and theirs.vocab_size == MODEL.codebook_size
-    (tmp_path / "up" / META).unlink()  # as LlamaGen's own
+    meta_file(tmp_path / "up", f"ddr{SIZE}").unlink()  # as LlamaGen's own
     bare = CodeSet(tmp_path / "up", vocab_size=32)
     assert (bare.vocab_size, bare.meta["grid"], bare.meta["classes"]) == (32, GRID, ["0", "1"])
     assert CodeSet(tmp_path / "up", num_classes=3).meta["classes"] == ["0", "1", "2"]
@@ -129,7 +163,7 @@ def test_a_finished_folder_is_recognised(
         raise AssertionError("encoded again")
 
     before = files(packed)
-    monkeypatch.setattr(codes_module, "encode_pixels", never)
+    monkeypatch.setattr(Encoding, "run", never)
     encode_folder(data, tokenizer, packed, progress=silent)
     assert files(packed) == before
 
@@ -147,15 +181,27 @@ def test_other_contents_are_refused(data: Path, tokenizer: Path, packed: Path, t
         encode_folder(data, tokenizer, tmp_path / "mine", progress=silent)
     with pytest.raises(InputError, match="found the file"):
         encode_folder(data, tokenizer, tmp_path / "mine" / "thesis.txt", progress=silent)
-    encode_folder(data, tokenizer, tmp_path / "up", layout="upstream", dataset="ddr", progress=silent)
-    with pytest.raises(InputError, match="another stem"):
-        encode_folder(data, tokenizer, tmp_path / "up", layout="upstream", dataset="aptos", progress=silent)
+    theirs = tmp_path / "up" / f"ddr{SIZE}_codes"
+    theirs.mkdir(parents=True)
+    np.save(theirs / "0.npy", np.zeros((1, 2, GRID * GRID), np.int64))
+    with pytest.raises(InputError, match=f"found ddr{SIZE}_codes"):
+        encode_folder(data, tokenizer, tmp_path / "up", layout="upstream", dataset="ddr", progress=silent)
     with pytest.raises(InputError, match="split test"):
         encode_folder(data, tokenizer, tmp_path / "none", split="test", progress=silent)
     assert not (tmp_path / "none").exists()
     wrong = write_pictures(tmp_path / "large", train=1, size=2 * SIZE)
     with pytest.raises(InputError, match="64x64"):
         encode_folder(wrong, tokenizer, tmp_path / "none", progress=silent)
+
+
+def test_several_sizes_of_upstreams_lie_beside_each_other(data: Path, tokenizer: Path, tmp_path: Path) -> None:
+    for name in ("ddr", "aptos"):
+        encode_folder(data, tokenizer, tmp_path, layout="upstream", dataset=name, progress=silent)
+    with pytest.raises(InputError, match="one folder of codes"):
+        CodeSet(tmp_path)
+    assert CodeSet(tmp_path, stem=f"aptos{SIZE}").meta["stem"] == f"aptos{SIZE}"
+    with pytest.raises(InputError, match=f"ddr{SIZE + 1}_codes"):
+        CodeSet(tmp_path, stem=f"ddr{SIZE + 1}")
 
 
 def test_pixels_of_any_number(data: Path, tokenizer: Path) -> None:
@@ -179,10 +225,14 @@ def test_the_command(data: Path, tokenizer: Path, packed: Path, tmp_path: Path) 
 # --- the format
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data(), layout=st.sampled_from(["packed", "upstream"]))
-def test_round_trip(draw: st.DataObject, layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Any shape, written in any blocks, with a new writer before some of them."""
+def test_round_trip(
+    draw: st.DataObject, layout: Layout, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any shape, in blocks of any size written in any order, with a new writer before some of them."""
+    monkeypatch.setattr(code_writer, "BLOCK", draw.draw(st.integers(1, 8)))
+    monkeypatch.setattr(code_writer, "BLOCKS", draw.draw(st.sampled_from([1, 3, 64])))
     images, views, grid = (draw.draw(st.integers(1, most)) for most in (7, 3, 4))
     vocabulary = draw.draw(st.sampled_from([2, 256, 65536]))
     random = np.random.default_rng(draw.draw(st.integers(0, 99)))
@@ -191,13 +241,13 @@ def test_round_trip(draw: st.DataObject, layout: Layout, tmp_path_factory: pytes
     identity = {"images": images, "views": views, "grid": grid, "split": "train", "classes": ["a", "b", "c"]}
     path = tmp_path_factory.mktemp("codes") / "out"
     writer = CodeWriter(path, layout, identity, stem="x256")
-    while writer.done < images:
-        first = writer.done
-        last = draw.draw(st.integers(first + 1, images))
-        writer.write(codes[first:last], labels[first:last])
+    while missing := writer.blocks.missing():
+        first = draw.draw(st.sampled_from(missing))
+        span = slice(writer.blocks.span(first).start, writer.blocks.span(first).stop)
+        writer.blocks.write(first, codes[span], labels[span])
         if draw.draw(st.booleans()):
             writer = CodeWriter(path, layout, identity, stem="x256")
-            assert writer.done == last and not writer.complete
+        assert writer.blocks.missing() == [other for other in missing if other != first] and not writer.complete
     writer.finish(labels, {"tokenizer_config": {"codebook_size": vocabulary}})
     assert CodeWriter(path, layout, identity, stem="x256").complete
     found = CodeSet(path)
@@ -205,17 +255,14 @@ def test_round_trip(draw: st.DataObject, layout: Layout, tmp_path_factory: pytes
     assert len(found) == images and found.vocab_size == vocabulary
 
 
-def test_what_is_written_is_all_there_is(tmp_path: Path) -> None:
-    """No holes for a full disk to be found in later: the file grows with its blocks, and is NumPy's in the end."""
+def test_packed_codes_are_numpys(tmp_path: Path) -> None:
     codes = np.arange(5 * 2 * 16).reshape(5, 2, 16)
-    identity = {"images": 5, "views": 2, "grid": 4}
-    writer = CodeWriter(tmp_path / "out", "packed", identity)
-    writer.write(codes[:2], np.zeros(2, np.int64))
+    writer = CodeWriter(tmp_path / "out", "packed", {"images": 5, "views": 2, "grid": 4})
+    writer.write(codes, np.zeros(5, np.int64))
+    writer.finish(np.zeros(5, np.int64), {})
     np.save(tmp_path / "whole.npy", codes.astype(np.uint16))
-    whole = (tmp_path / "whole.npy").read_bytes()
-    assert (tmp_path / "out" / "codes.npy").read_bytes() == whole[: len(whole) - 3 * 2 * 16 * 2]
-    CodeWriter(tmp_path / "out", "packed", identity).write(codes[2:], np.zeros(3, np.int64))
-    assert (tmp_path / "out" / "codes.npy").read_bytes() == whole
+    assert (tmp_path / "out" / "codes.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["codes.npy", "labels.npy", "meta.json"]
 
 
 def edit_meta(folder: Path, **changes: Any) -> None:
@@ -293,6 +340,6 @@ def test_damaged_upstream_folders(data: Path, tokenizer: Path, tmp_path: Path) -
 
 def test_a_damaged_note_is_refused(data: Path, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / UNFINISHED).write_text("[")
+    note_file(tmp_path / "out", None).write_text("[")
     with pytest.raises(InputError, match="damaged"):
         encode_folder(data, tokenizer, tmp_path / "out", progress=silent)
