@@ -60,8 +60,9 @@ typecheck: setup
 docs: setup
 	$(BIN)/python -m retinar.bench.kernel_table
 
+# BENCH_FLAGS="--only decoding --llama-cpp ../llama.cpp" and the like.
 bench: setup
-	$(BIN)/retinar bench
+	$(BIN)/retinar bench $(BENCH_FLAGS)
 
 # Correctness, then benchmarks, then a training step's profile: one JSON, within 8.5 minutes. From a bare checkout with
 # torch, triton and numpy alone. DEVICE=cpu exercises all of it at tiny sizes, in Triton's interpreter.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from retinar.bench.baselines.gguf_model import BF16, Q8_0
 from retinar.bench.sampling_sizes import TINY
 from retinar.engine.config import GPTConfig, gpt_config
 from retinar.kernels import ops
@@ -18,14 +19,16 @@ CUT = "torch.compile, cache cut to the context"
 OURS = "ours"
 INT8 = "ours, int8 weights"
 INT8_CACHE = "ours, int8 weights and cache"
-BEST_TORCH = (STATIC, CUT)
-"""Compiled with the weights as constants, attention as products and sums; the faster one is compared with. A cache that
-ends where the context does is read no further than ours; a whole image would need a compilation for every length."""
+COMPILED = (STATIC, CUT)
+"""With the weights as constants, attention as products and sums. A cache that ends where the context does is read no
+further than ours; a whole image would need a compilation for every length."""
+LLAMA_CPP = {BF16: "llama.cpp BF16", Q8_0: "llama.cpp Q8_0"}
+"""Beside ours at the same width of weights."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """``seconds``: what all of it is taken to need."""
+    """``seconds``: what all of it is taken to need; of llama.cpp each kind of weights may take as long again."""
 
     model: str
     images: int
@@ -35,7 +38,7 @@ class Case:
 @dataclass(frozen=True)
 class DecodingSize:
     """``context``: slots that a step attends over. ``read_bytes``, ``side``: of the limits' loops. Each row takes about
-    ``seconds``, but at least ``least`` steps and at most ``most``.
+    ``seconds``, but at least ``least`` steps and at most ``most``. ``clocked``: steps by the decoder's own clock.
     """
 
     cases: tuple[Case, ...]
@@ -46,6 +49,7 @@ class DecodingSize:
     seconds: float
     least: int = 5
     most: int = 200
+    clocked: int = 20
     changes: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
 
@@ -78,6 +82,7 @@ SIZES: Mapping[str, DecodingSize] = {
         side=64,
         seconds=0.0,
         least=2,
+        clocked=2,
         changes={**TINY, "vocab_size": 64, "num_classes": 2, "grid": 3},
     ),
 }

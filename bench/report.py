@@ -1,4 +1,5 @@
-"""A result file as tables: ``python -m retinar.bench.report FILE.json`` for a terminal, ``--readme`` for the README."""
+"""A result file as tables: ``python -m retinar.bench.report FILE.json`` for a terminal, ``--readme`` for the README and
+`report_page`'s page."""
 
 from __future__ import annotations
 
@@ -91,15 +92,15 @@ def _profile(content: Mapping[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one result, or bring the README up to date; exit code 2 with a sentence when that cannot be done."""
+    """Print one result, or bring README and pages up to date; exit code 2 with a sentence when that cannot be done."""
     if len(argv) != 1:
         print("Expected one result file or --readme: python -m retinar.bench.report FILE.json", file=sys.stderr)
         return 2
     try:
         if argv[0] == "--readme":
-            from retinar.bench import readme
+            from retinar.bench import readme, report_page
 
-            print(f"written to {readme.update()}")
+            print(f"written to {readme.update()} and {report_page.update()}")
         else:
             print(markdown(record.load(Path(argv[0]))))
     except InputError as error:

@@ -13,22 +13,33 @@ from typing import Any
 import torch
 
 from retinar.bench import decoding, machine, record, targets
+from retinar.bench.baselines import llama_cpp
 from retinar.bench.timing import Limits
 from retinar.engine.errors import InputError
 
 SUITE = Path(__file__).resolve().parent / "suite"
 
 
-def run_suite(device: str, out: Path, keyword: str | None = None) -> tuple[Path, dict[str, Any]]:
+def run_suite(
+    device: str, out: Path, keyword: str | None = None, built: Path | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Measure, write one result under ``out`` and return (its path, its content).
 
     ``keyword`` chooses benchmarks by name, as pytest's -k; "decoding" is decoding on a CPU at real size, which a run
-    without a keyword on a CPU ends with. InputError without pytest-benchmark, without the device, or
-    when an op is wrong (then nothing is written).
+    without a keyword on a CPU ends with. ``built``: a build of llama.cpp, then measured beside it. InputError without
+    pytest-benchmark, without the device, without llama.cpp's program at that path, or when an op is wrong (then
+    nothing is written).
     """
     check_device(device)
-    if keyword == decoding.NAME and device == "cpu":
-        return decoding.alone(out)
+    decodes = device == "cpu" and keyword in (None, decoding.NAME)
+    if built is not None and not decodes:
+        raise InputError(
+            f"Expected --llama-cpp with decoding on a CPU, found it with --device {device}"
+            f"{'' if keyword is None else f' --only {keyword}'}: use --only decoding on a CPU, or leave it out."
+        )
+    program = None if built is None else llama_cpp.check(built)
+    if decodes and keyword is not None:
+        return decoding.alone(out, program=program)
     if machine.version("pytest-benchmark") is None:
         raise InputError("Expected the package pytest-benchmark, found none: run `pip install 'retinar[dev]'`.")
     out.mkdir(parents=True, exist_ok=True)
@@ -55,8 +66,8 @@ def run_suite(device: str, out: Path, keyword: str | None = None) -> tuple[Path,
     document = record.document(device, rows, limits, {"passed": True, "by": "bench.checks, every case"})
     document["absent"] = [each for each in absent if each["name"] in names]
     document["targets"] = targets.evaluate(document)
-    if keyword is None and device == "cpu":
-        decoding.add_to(document)
+    if decodes:
+        decoding.add_to(document, program=program)
     return record.save(out, document), document
 
 

@@ -7,7 +7,8 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-from retinar.bench.decoding_sizes import BEST_TORCH, EAGER, INT8, INT8_CACHE, OURS
+from retinar.bench.baselines.gguf_model import BF16, Q8_0
+from retinar.bench.decoding_sizes import CUT, EAGER, INT8, INT8_CACHE, LLAMA_CPP, OURS, STATIC
 from retinar.bench.target import Limits, Rows, Target
 
 CONTEXT = 512
@@ -20,22 +21,10 @@ def find(rows: Rows, model: str, images: int, backend: str) -> Mapping[str, Any]
     return next((row for row in rows if (row["model"], row["images"], row["backend"]) == key), None)
 
 
-def best_torch(rows: Rows, model: str, images: int) -> Mapping[str, Any] | None:
-    """The fastest compiled row; None unless each way was measured: the one that is missing might be it."""
-    found = [row for name in BEST_TORCH if (row := find(rows, model, images, name)) is not None]
-    return min(found, key=lambda row: row["step_p50"]) if len(found) == len(BEST_TORCH) else None
-
-
 def over(rows: Rows, limits: Limits, model: str, images: int, theirs: str, ours: str) -> float | None:
     """How many times as fast one is as another."""
     pair = [find(rows, model, images, name) for name in (theirs, ours)]
     return None if pair[0] is None or pair[1] is None else pair[0]["step_p50"] / pair[1]["step_p50"]
-
-
-def over_best(rows: Rows, limits: Limits, model: str, images: int) -> float | None:
-    """Ours over the fastest of plain torch."""
-    best, ours = best_torch(rows, model, images), find(rows, model, images, OURS)
-    return None if best is None or ours is None else best["step_p50"] / ours["step_p50"]
 
 
 def share(rows: Rows, limits: Limits, model: str, images: int) -> float | None:
@@ -49,7 +38,7 @@ def beyond(row: Mapping[str, Any]) -> bool:
     return row["share"] is not None and row["share"] > 1
 
 
-# model, images: over eager, over the best torch, share of the limit
+# model, images: over eager, over either of compiled torch, share of the limit
 _WANTED = {
     ("GPT-B", 1): (7.0, 1.7, 0.75),
     ("GPT-B", 4): (16.0, 1.7, 0.70),
@@ -60,12 +49,16 @@ _WANTED = {
 
 
 def _targets() -> Iterator[Target]:
-    for (model, images), (eager, best, limit) in _WANTED.items():
+    for (model, images), (eager, compiled, limit) in _WANTED.items():
         case = f"{model}, {images} at once"
         at: dict[str, Any] = {"model": model, "images": images}
         yield Target(case, "over upstream-like eager", eager, True, partial(over, **at, theirs=EAGER, ours=OURS))
-        yield Target(case, "over the best of plain torch", best, True, partial(over_best, **at))
+        for what, name in (("over compiled torch, static cache", STATIC), ("over the same, cut to the context", CUT)):
+            yield Target(case, what, compiled, True, partial(over, **at, theirs=name, ours=OURS))
         yield Target(case, "limit over measured", limit, True, partial(share, **at), "%")
+        for what, kind, ours in (("over", BF16, OURS), ("int8 weights over", Q8_0, INT8)):
+            value = partial(over, **at, theirs=LLAMA_CPP[kind], ours=ours)
+            yield Target(case, f"{what} {LLAMA_CPP[kind]}", 1.0, True, value)
     for model, least in (("GPT-B", 1.4), ("GPT-XL", 1.6)):
         value = partial(over, model=model, images=1, theirs=OURS, ours=INT8)
         yield Target(f"{model}, 1 at once", "int8 weights over bf16", least, True, value)

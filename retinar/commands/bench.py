@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,20 @@ class Bench:
     """Benchmarks whose name contains this (an expression as pytest's -k takes it); "decoding": the CPU's decode step
     beside torch and the machine's limit, alone.
     """
+    llama_cpp: Path | None = None
+    """A built llama.cpp (a folder that holds llama-batched-bench, bin or build/bin; or the program), whose decode step
+    is then measured beside the CPU's.
+    """
 
     def run(self, progress: Progress) -> dict[str, object]:
-        """Run the suite; the summary is the result file's content and its path."""
+        """Run the suite; the summary is the result file's content and its path. Exit code 1 when something is wrong."""
         from retinar.bench.run import run_suite
 
-        path, content = run_suite(self.device, self.out, self.only)
-        return {"file": path, **content}
+        path, content = run_suite(self.device, self.out, self.only, self.llama_cpp)
+        wrong = content["tests"].get("failed", [])
+        for each in wrong:
+            print(f"retinar: found wrong: {each}; it has no time in {path}", file=sys.stderr, flush=True)
+        return {"file": path, **content, **({"exit_code": 1} if wrong else {})}
 
     def render(self, found: Mapping[str, Any]) -> str:
         """The table of the result file."""

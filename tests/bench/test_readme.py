@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from retinar.bench import readme, record, report, targets
+from retinar.bench import readme, record, report, report_page, targets
 from retinar.bench.targets import OURS, ROTATED, TARGETS, UNFUSED
 from retinar.engine.errors import InputError
 from retinar.engine.files import write_json
@@ -37,6 +37,25 @@ def test_the_readme_is_what_the_results_say() -> None:
     assert readme.split(text, path)[1] == readme.section(readme.newest(results)), STALE
     stands = readme.split(text, path, readme.DECODING_BEGIN, readme.DECODING_END)[1]
     assert stands == readme.decoding(readme.newest_decoding(results)), STALE
+    page = ROOT / report_page.PAGE
+    stands = readme.split(page.read_text(encoding="utf-8"), page, readme.DECODING_BEGIN, readme.DECODING_END)[1]
+    assert stands == report_page.section(readme.newest_decoding(results)), STALE.replace("README.md", report_page.PAGE)
+
+
+def test_the_command_writes_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(readme, "update", lambda: "README.md")
+    monkeypatch.setattr(report_page, "update", lambda: "page.md")
+    assert report.main(["--readme"]) == 0 and capsys.readouterr().out == "written to README.md and page.md\n"
+
+
+def test_the_page_is_written_between_its_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{readme.DECODING_BEGIN}old{readme.DECODING_END}\nafter\n")
+    assert report_page.update(page, tmp_path) == page
+    assert page.read_text() == f"before\n{readme.DECODING_BEGIN}\n\nNot measured.\n\n{readme.DECODING_END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(InputError, match="put them back"):
+        report_page.update(page, tmp_path)
 
 
 def test_without_a_gpus_result_every_target_is_not_measured() -> None:
