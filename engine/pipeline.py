@@ -2,16 +2,24 @@
 
 Finished images go to one thread that decodes them (on a GPU in a stream of its own, between the steps of the loop) and
 from there to worker threads that digest their pixels and call ``finish``, which saves a PNG. Results come back in the
-order in which the images were finished, however long each took. On a CPU all of it happens between the loop's steps.
+order in which the images were finished, however long each took.
+
+On a CPU the loop and the decoder want the same cores. There the decoding thread has the lowest priority: it takes what
+the loop's steps leave, which is little. While the loop waits for a full backlog, and when it has ended, the caller's
+thread decodes what nobody has begun, at its own priority: other processes would starve the lowest. Where single threads
+have no priorities (all systems but Linux), images are decoded between the loop's steps.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +27,7 @@ import torch
 from torch import Tensor
 
 from retinar.engine import images, provenance
+from retinar.engine.progress import Progress, silent
 from retinar.engine.request import Request
 from retinar.engine.runner import Finished
 from retinar.engine.vq_decoder import ImageDecoder
@@ -33,6 +42,8 @@ DECODE_BATCH = 8
 #: such wave is being developed while the next arrives, and two more cover a disk that stalls. A waiting image holds
 #: some 200 kB.
 WAVES = 4
+#: Of Linux: the loop's threads get 68 times as much of a core that both want.
+LOWEST_PRIORITY = 19
 
 
 class Sampled(NamedTuple):
@@ -56,14 +67,20 @@ class Developer:
     """A decoder (the tokenizer, or a prepared copy of its decoder), and the origin that all its images share.
 
     ``grid`` codes a side; up to ``batch`` images of one step are decoded together. With a batch of 1 the bits of an
-    image depend on no other.
+    image depend on no other. ``stream``: of a GPU, to work in beside the loop.
     """
 
     def __init__(
-        self, decoder: ImageDecoder, origin: provenance.Origin, grid: int, device: torch.device, batch: int = 1
+        self,
+        decoder: ImageDecoder,
+        origin: provenance.Origin,
+        grid: int,
+        device: torch.device,
+        batch: int = 1,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.decoder, self.origin, self.grid, self.device, self.batch = decoder, origin, grid, device, batch
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream
 
     @torch.no_grad()  # a thread's own mode: the caller's does not reach it
     def decode(self, codes_BT: Tensor) -> np.ndarray:
@@ -100,10 +117,9 @@ class Developer:
 def default_workers(device: torch.device) -> int:
     """Threads that finish images beside a loop on ``device``; 0: everything happens in the loop's own.
 
-    On a CPU a step and the decoder each use all cores: side by side their thread pools get in each other's way (a tenth
-    to a half slower on two cores).
+    That is where a CPU's threads have no priorities of their own: the decoder would take the cores from the steps.
     """
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    return min(8, os.cpu_count() or 1) if device.type != "cpu" or sys.platform == "linux" else 0
 
 
 def develop(
@@ -113,6 +129,8 @@ def develop(
     *,
     backlog: int,
     workers: int,
+    low: bool = False,
+    progress: Progress = silent,
 ) -> Generator[T, None, None]:
     """``finish(sampled)`` of each image that ``steps`` yields, in that order.
 
@@ -121,15 +139,84 @@ def develop(
     ``workers`` threads call ``finish``; with 0 the caller's does, and decodes as well. Errors of any part are raised
     here as they are, in the image's turn. Closing the iterator, or an error, ends the threads after what they are just
     doing and drops what waits.
+
+    ``low``: loop and decoder share cores (above); ``progress`` then shows what is left when the loop has ended.
     """
     with closing(steps):  # an error's traceback would keep it alive, with its progress bar
         if workers:
-            yield from _beside(steps, developer, finish, backlog, workers)
+            yield from _beside(steps, developer, finish, backlog, workers, low, progress)
             return
         for step in steps:
             for group in developer.groups(step):
                 for image in developer.develop(group):
                     yield finish(developer.describe(image))
+
+
+class Line:
+    """Groups in line to be developed, in their order: by a thread of its own, or one by a caller who waits for it.
+
+    ``low``: that thread has the lowest priority, and begins nothing while the line is held.
+    """
+
+    def __init__(self, developer: Developer, low: bool) -> None:
+        self.developer, self.low = developer, low
+        self._groups: deque[tuple[Sequence[Finished], Future[list[Developed]]]] = deque()
+        self._lock, self._free = threading.Lock(), threading.Event()
+        # pixels depend on the number of torch's threads, and every thread has its own
+        start = partial(_step_back, torch.get_num_threads()) if low else None
+        self._thread = ThreadPoolExecutor(1, "retinar-decode", start)
+
+    def add(self, group: Sequence[Finished]) -> Future[list[Developed]]:
+        """To the end of the line."""
+        developed: Future[list[Developed]] = Future()
+        self._groups.append((group, developed))
+        self._thread.submit(self._when_free)
+        return developed
+
+    def hasten(self, developed: Future[list[Developed]]) -> None:
+        """Develop this group here and now, if it is the first in the line."""
+        self._develop(developed)
+
+    def hold(self) -> None:
+        """Until `release` the thread begins nothing new."""
+        if self.low:
+            self._free.clear()
+
+    def release(self) -> None:
+        """Let the thread go on."""
+        self._free.set()
+
+    def close(self, wait: bool) -> None:
+        """Drop what nobody has begun; ``wait`` for what the thread has."""
+        with self._lock:
+            for _, developed in self._groups:
+                developed.cancel()
+            self._groups.clear()
+        self._free.set()
+        self._thread.shutdown(wait, cancel_futures=True)
+
+    def _when_free(self) -> None:
+        self._free.wait()
+        self._develop()
+
+    def _develop(self, only: Future[list[Developed]] | None = None) -> None:
+        """The first group in the line, or ``only`` this if it is the first."""
+        with self._lock:
+            if not self._groups or (only is not None and self._groups[0][1] is not only):
+                return
+            group, developed = self._groups.popleft()
+        try:
+            developed.set_result(self.developer.develop(group))
+        except BaseException as error:  # Ctrl-C too: the caller, who waits for this group, gets it
+            developed.set_exception(error)
+
+
+def _step_back(threads: int) -> None:
+    """Give this thread the lowest priority: torch's threads, which it has yet to start, inherit it."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    torch.set_num_threads(threads)
 
 
 def _beside(
@@ -138,27 +225,42 @@ def _beside(
     finish: Callable[[Sampled], T],
     backlog: int,
     workers: int,
+    low: bool,
+    progress: Progress,
 ) -> Iterator[T]:
-    waiting: deque[Future[T]] = deque()
-    decoder = ThreadPoolExecutor(1, thread_name_prefix="retinar-decode")
+    waiting: deque[tuple[Future[list[Developed]], Future[T]]] = deque()
+    line = Line(developer, low)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="retinar-finish")
 
     def complete(developed: Future[list[Developed]], place: int) -> T:
         return finish(developer.describe(developed.result()[place]))  # both queues are in order: nobody waits in vain
 
+    def first() -> T:
+        developed, result = waiting.popleft()
+        if low:
+            line.hasten(developed)
+        return result.result()
+
     try:
         for step in steps:
+            line.release()
+            if step:
+                line.hold()  # until the next step: then the loop is still there to be left alone
             for group in developer.groups(step):
                 while waiting and len(waiting) + len(group) > backlog:
-                    yield waiting.popleft().result()
-                developed = decoder.submit(developer.develop, group)
-                waiting.extend(pool.submit(complete, developed, place) for place in range(len(group)))
-            while waiting and waiting[0].done():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                    yield first()
+                developed = line.add(group)
+                waiting.extend((developed, pool.submit(complete, developed, place)) for place in range(len(group)))
+            while waiting and waiting[0][1].done():
+                yield waiting.popleft()[1].result()
+        line.hold()
+        if waiting:
+            with progress("decoding images", len(waiting)) if low else silent("") as bar:
+                while waiting:
+                    yield first()
+                    bar.advance()
     finally:
-        # the decoder first: a worker may be waiting for a group that is cancelled now
-        decoder.shutdown(wait=False, cancel_futures=True)
+        # the decoder first: a worker may be waiting for a group that is dropped now
+        line.close(wait=False)
         pool.shutdown(wait=True, cancel_futures=True)
-        decoder.shutdown(wait=True)
+        line.close(wait=True)

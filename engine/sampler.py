@@ -76,6 +76,7 @@ class Sampler:
         self.decoding = Decoding(gpt, self.device, self.precision, backend, self.batch_invariant, pin)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device).eval()
         self.fast_decoder = None if tokenizer is None else fast_decoder(tokenizer, self.device, self.precision.dtype)
+        self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.origin = provenance.Origin(
             checkpoint=digest,
             tokenizer=tokenizer_digest,
@@ -175,14 +176,22 @@ class Sampler:
     ) -> Generator[Any, None, None]:
         """Each image as `Sampled`, or ``finish(sampled)``, as it completes (not in the order of ``requests``).
 
-        On a GPU images are decoded, digested and finished in threads beside the decode loop, `retinar.engine.pipeline`;
-        ``finish`` is called from several of them, and what it raises is raised here. Other arguments and errors as
-        `sample_codes`.
+        Images are decoded, digested and finished in threads beside the decode loop, `retinar.engine.pipeline`;
+        ``finish`` is called from several of them, and what it raises is raised here. On a CPU most images come when the
+        loop has ended, or has too many waiting. Other arguments and errors as `sample_codes`.
         """
         developer = self._developer()
         backlog = WAVES * (self.at_once if max_images is None else max_images)
         steps = self._run(requests, max_images, page_size, pages, progress)
-        return develop(steps, developer, finish or _as_it_is, backlog=backlog, workers=default_workers(self.device))
+        return develop(
+            steps,
+            developer,
+            finish or _as_it_is,
+            backlog=backlog,
+            workers=default_workers(self.device),
+            low=self.device.type == "cpu",
+            progress=progress,
+        )
 
     def sample_codes(
         self,
@@ -247,7 +256,7 @@ class Sampler:
     def _developer(self) -> Developer:
         batch = 1 if self.batch_invariant else DECODE_BATCH
         decoder = self.fast_decoder or self.require_tokenizer()
-        return Developer(decoder, self.origin, self.config.grid, self.device, batch)
+        return Developer(decoder, self.origin, self.config.grid, self.device, batch, self._aside)
 
     def _run(
         self, requests: Sequence[Request], max_images: int | None, page_size: int, pages: int | None, progress: Progress

@@ -1,17 +1,16 @@
 """The tokenizer's decoder in bfloat16 on a CPU, and when it is used.
 
-Nine tenths of the time are 3x3 convolutions, which oneDNN runs near the cores' bf16 peak. What is changed around them:
+Most of the time are 3x3 convolutions, which oneDNN runs near the cores' bf16 peak. What is changed around them:
 
 - weights are bfloat16 and channels_last ahead of time;
 - doubling and the 3x3 convolution behind it are one transposed 4x4 convolution of stride 2: the same sums with 4
   products an output instead of 9 (`_doubling`);
 - attention is two products around a softmax; torch's fused attention is slow for heads of 512;
-- the residual stream is fp32 but at full resolution, where it would cost a tenth; the statistics of norms, the softmax,
-  the first 1x1 and the last 3x3 convolution are fp32.
+- the residual stream is fp32 but at full resolution, where that costs most; the statistics of norms, the softmax, the
+  first 1x1 and the last 3x3 convolution are fp32.
 
-Measured for VQ-8 at 256 px, seconds of one core (EPYC with AVX-512 BF16, torch 2.13): fp32 5.0, a plain bf16 copy 2.3,
-this 2.0. Left out: torch.compile with frozen weights (2.2 where the same code alone took 2.0, after 18 s of compiling)
-and weights packed for oneDNN (a hundredth faster, through functions that torch does not promise).
+``python -m retinar.bench.images`` measures it beside fp32: seconds an image, and PSNR. Left out: torch.compile, which
+compiles for longer than most runs decode, and weights packed for oneDNN, through functions that torch does not promise.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class ImageDecoder(Protocol):
 def fast_decoder(tokenizer: VQTokenizer, device: torch.device, dtype: torch.dtype) -> BFloat16Decoder | None:
     """A bfloat16 decoder where ``dtype`` asks for one and this CPU gains from it; None: decode with the tokenizer.
 
-    Without bfloat16 instructions the same convolutions take three to five times as long as in fp32.
+    Without bfloat16 instructions the same convolutions take longer than in fp32.
     """
     wanted = device.type == "cpu" and dtype == HALF
     return BFloat16Decoder(tokenizer) if wanted and bfloat16_pays() else None
@@ -56,9 +55,8 @@ def bfloat16_pays() -> bool:
 class BFloat16Decoder:
     """A copy of ``tokenizer``'s codebook and decoder, prepared once; it does not follow the tokenizer's later changes.
 
-    PSNR against fp32 is 57 to 69 dB with trained weights and 45 to 50 dB with random ones, which amplify rounding. Bits
-    depend on the number of threads through torch's norms (in fp32 too, by less), and on other images only if decoded
-    together.
+    PSNR against fp32 is above 45 dB even with random weights, which amplify rounding. Bits depend on the number of
+    threads through torch's norms (in fp32 too, by less), and on other images only if decoded together.
     """
 
     def __init__(self, tokenizer: VQTokenizer) -> None:

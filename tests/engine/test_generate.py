@@ -108,17 +108,25 @@ def test_damage_of_every_kind_is_repaired(whole: tuple[Sampler, Path, dict[str, 
 
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are finished in threads beside the decode loop, as on a GPU."""
+    """Images are finished in threads beside the decode loop."""
     monkeypatch.setattr("retinar.engine.sampler.default_workers", lambda device: 3)
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are finished between the decode loop's steps."""
+    monkeypatch.setattr("retinar.engine.sampler.default_workers", lambda device: 0)
 
 
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("retinar-")]
 
 
+@pytest.mark.parametrize("workers", [0, 3])
 def test_threads_beside_the_loop_give_the_same_bytes(
-    whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, beside: None
+    workers: int, whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("retinar.engine.sampler.default_workers", lambda device: workers)
     make(whole[0], tmp_path / "out", max_images=4)
     assert tree(tmp_path / "out") == whole[2] and not threads()
 
@@ -132,7 +140,7 @@ class Stop(SilentBar):
             raise KeyboardInterrupt
 
 
-def test_ctrl_c_then_resume(whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_ctrl_c_then_resume(whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, in_turn: None) -> None:
     with pytest.raises(KeyboardInterrupt):
         make(whole[0], tmp_path / "out", max_images=2, progress=lambda label, total: Stop(label, total))
     there = tree(tmp_path / "out")
@@ -241,7 +249,7 @@ def test_strange_folders_are_refused(whole: tuple[Sampler, Path, dict[str, bytes
 
 
 def test_a_full_disk_leaves_no_half_file(
-    whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Sampler, Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_turn: None
 ) -> None:
     save, calls = Image.Image.save, []
 

@@ -125,7 +125,8 @@ def test_progress_counts_codes(tiny_sampler: Sampler) -> None:
         return bars[-1]
 
     tiny_sampler.generate([0, 1, 0], max_images=2, progress=progress)
-    assert [(bar.done, bar.total, bar.note) for bar in bars] == [(108, 108, "3 of 3 images")]
+    assert (bars[0].done, bars[0].total, bars[0].note) == (108, 108, "3 of 3 images")
+    assert {bar.label for bar in bars[1:]} <= {"decoding images"} and all(bar.done == bar.total for bar in bars)
 
 
 def test_from_pretrained_is_the_same_sampler(tiny_checkpoint: Path, alone: list) -> None:
