@@ -44,6 +44,7 @@ class Meters:
     ) -> None:
         self.tokens_per_step, self.device, self.peak_flops, self.done = tokens_per_step, device, peak_flops, done
         self._flops: Callable[[int], float] = flops_per_step if callable(flops_per_step) else lambda _: flops_per_step
+        self._flops(done)  # counting a tokenizer's takes a second: now, not on the clock
         self._waited = 0.0
         self._first = True
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""LlamaGen's own sampling, from a clone that the user names (``--upstream``). Nothing of it is in this repository."""
+"""LlamaGen's own code, from a clone that the user names (``--upstream``). Nothing of it is in this repository."""
 
 from __future__ import annotations
 
@@ -48,11 +48,12 @@ def model_arguments(config: GPTConfig) -> dict[str, Any]:
 
 
 class Upstream:
-    """A process that measures with the clone's code; a context manager that ends it."""
+    """A process that measures with the clone's code; a context manager that ends it. ``script`` is what it runs:
+    sampling (`upstream_process`) or training (`upstream_training`)."""
 
-    def __init__(self, clone: Path) -> None:
+    def __init__(self, clone: Path, script: Path = PROCESS) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(PROCESS), str(clone)],
+            [sys.executable, str(script), str(clone)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
         )  # fmt: skip
         self._replies: queue.Queue[str | None] = queue.Queue()
@@ -74,7 +75,7 @@ class Upstream:
         return self._process.poll() is not None
 
     def measure(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """The process's answer (see `upstream_process`), or {"error": why there is none}; ends it when it takes longer
+        """The process's answer (see ``script``), or {"error": why there is none}; ends it when it takes longer
         than ``seconds``: the first time its start is among them."""
         assert self._process.stdin is not None
         if self.over:

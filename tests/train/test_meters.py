@@ -81,7 +81,9 @@ def test_a_tokenizers_convolutions_are_counted_as_they_run() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = model(torch.zeros(2, 3, 32, 32))
         (output.reconstruction.sum() + output.codebook_loss + output.commitment_loss).backward()
+    state = torch.get_rng_state()
     assert TokenizerFlops(config)(0) == counter.get_total_flops() + search
+    assert torch.equal(state, torch.get_rng_state())  # a resumed run counts at another step
 
 
 def test_a_tokenizers_stages_cost_what_they_add() -> None:
@@ -128,7 +130,14 @@ def test_the_time_inside_data_is_waiting() -> None:
 
 
 def test_flops_of_each_step_are_those_of_its_stage() -> None:
-    one = Meters(1, lambda step: 10.0 if step < 12 else 100.0, CPU, peak_flops=1.0, done=10)
+    asked: list[int] = []
+
+    def flops(step: int) -> float:
+        asked.append(step)
+        return 10.0 if step < 12 else 100.0
+
+    one = Meters(1, flops, CPU, peak_flops=1.0, done=10)
+    assert asked == [10]  # what is slow to count is counted before the clock starts
     assert one.line(1.0, 3)["mfu"] == 120.0
     assert one.line(1.0, 1)["mfu"] == 100.0
 
