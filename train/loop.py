@@ -136,13 +136,13 @@ def run(
     is saved, and the model exported. All processes of a parallel run stop after the same step. ``wandb``,
     ``settings``: see MetricsLog. InputError when a reported value is not finite (nothing is saved then).
     """
-    began, world = time.monotonic(), task.world
+    world = task.world
     step, window = _resume(task, store)
     task.done = saved = step
     last: dict[str, float] = {}
     reason: Reason = "finished"
     meters = task.meters()
-    clock = Clock()
+    clock, began = Clock(), time.monotonic()
     with (
         StopSignals() as stop,
         _log(store, world, step, tensorboard, wandb, settings) as log,

@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.limit is not None and flags.limit < 2:
         raise InputError(f"Expected --limit of at least 2 photographs, found {flags.limit}: leave it out for all.")
-    device = pick_device(flags.device)
+    about, device = session(), pick_device(flags.device)
     paths = {FROZEN: flags.frozen, FINETUNED: flags.finetuned}
     for text in flags.also:
         name, _, path = text.partition("=")
@@ -238,7 +238,7 @@ def _run(flags: argparse.Namespace) -> dict[str, Any]:
     folder, floor = flags.data / flags.split, flags.data / flags.floor_split if flags.floor_split else None
     found = compare(folder, tokenizers, perceptual=perceptual, store=store, floor=floor, limit=flags.limit)
     result = {
-        **session(),
+        **about,
         "photographs": f"{flags.data.name}/{flags.split}",
         "tokenizers": {name: {"path": path.name, "sha256": digest(path)} for name, path in paths.items()},
         "vgg16_sha256": None if perceptual is None else perceptual.digest,

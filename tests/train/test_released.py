@@ -31,12 +31,14 @@ SETS = (
     "tokenizer.steps=4",
     "tokenizer.quantize_from=1",
     "tokenizer.tensorboard=false",
+    "tokenizer.meters=false",
     "gpt.model.n_layer=1",
     "gpt.model.n_head=2",
     "gpt.model.dim=16",
     "gpt.model.multiple_of=16",
     "gpt.batch_size=4",
     "gpt.tensorboard=false",
+    "gpt.meters=false",
 )
 
 

@@ -20,18 +20,10 @@ from retinar.engine.model import GPT
 from retinar.engine.progress import silent
 from retinar.engine.tokenizer import VQTokenizer
 from retinar.train import device, recipes
+from retinar.train.code_fit import check_codes, default_codes, fit_to_codes, number_classes
 from retinar.train.codes import CodeSet
 from retinar.train.config import GPTTrainConfig, apply_overrides, to_dict
-from retinar.train.gpt import (
-    GPTTask,
-    attention_backend,
-    check_codes,
-    default_codes,
-    fit_to_codes,
-    number_classes,
-    start_from,
-    train_gpt,
-)
+from retinar.train.gpt import GPTTask, attention_backend, start_from, train_gpt
 from retinar.train.metrics_log import read_metrics
 from tests.train.tiny import CLASSES, GRID, VOCAB, quiet_config, tiny_config, write_codes
 
