@@ -98,9 +98,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         if argv[0] == "--readme":
-            from retinar.bench import readme, report_page
+            from retinar.bench import readme, report_page, report_training
 
-            print(f"written to {readme.update()} and {report_page.update()}")
+            print(f"written to {readme.update()}, {report_page.update()} and {report_training.update()}")
         else:
             print(markdown(record.load(Path(argv[0]))))
     except InputError as error:

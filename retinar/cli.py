@@ -160,7 +160,7 @@ def execute(argv: list[str], json_line: bool) -> int:
     summary = task.run(ui.progress()) or {}
     # A training that Ctrl-C stopped has saved itself and returns; its exit code still says so.
     code = int(summary.pop("exit_code", 130 if summary.get("ended") == "interrupted" else 0))
-    if os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun: the first one tells
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":  # torchrun's first one tells
         return code
     if json_line:
         print(json.dumps(ui.jsonable(summary), ensure_ascii=False, allow_nan=False), flush=True)

@@ -16,6 +16,7 @@ any number of processes in any mode can read them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -169,9 +171,10 @@ class Checkpoints:
                 continue
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             gone = self.path / f".step-{old:07d}.partial"
-            shutil.rmtree(gone, ignore_errors=True)
-            os.rename(self.path / f"step-{old:07d}", gone)
-            shutil.rmtree(gone)
+            with suppress(OSError):  # the new one is whole: what cannot be removed may stay
+                shutil.rmtree(gone, ignore_errors=True)
+                os.rename(self.path / f"step-{old:07d}", gone)
+                shutil.rmtree(gone)
 
     def _best(self) -> list[int]:
         """The step of the lowest value, the newest of equals; [] when none has a value."""
@@ -181,8 +184,9 @@ class Checkpoints:
                 manifest = json.loads((self.path / f"step-{step:07d}" / _MANIFEST).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            if isinstance(manifest, dict) and isinstance(manifest.get("value"), float):
-                values[step] = manifest["value"]
+            value = manifest.get("value") if isinstance(manifest, dict) else None
+            if isinstance(value, float) and math.isfinite(value):
+                values[step] = value
         return [min(values, key=lambda step: (values[step], -step))] if values else []
 
     def _newest(self) -> Checkpoint | None:
@@ -195,14 +199,15 @@ class Checkpoints:
                     if sha256_file(path / name) != digest:
                         raise ValueError(f"{name} has another digest")
                 return Checkpoint(path, int(manifest["step"]), manifest["loop"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
                 aside = path.with_name(f"{path.name}.damaged")
                 print(f"checkpoint {path} is damaged ({error}): set aside as {aside.name}.", file=sys.stderr)
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(path, aside)
-        if steps:
+        damaged = len(list(self.path.glob("step-*.damaged")))
+        if damaged:  # of this call or of one before
             raise InputError(
-                f"Expected a whole checkpoint in {self.path}, found {len(steps)} damaged: start a new run in "
+                f"Expected a whole checkpoint in {self.path}, found {damaged} damaged: start a new run in "
                 "another --out."
             )
         return None

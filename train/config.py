@@ -34,11 +34,22 @@ Precision = Literal["fp32", "bf16"]
 Parallel = Literal["ddp", "fsdp", "sdp", "hsdp"]
 
 # What may differ between a run and its continuation: how long it runs, what it reports, where it runs, and how it
-# trades time for memory. None of these changes the mathematics of a step (a cosine schedule is stretched by a new
-# length: that is what was asked for).
+# trades time for memory. None of these changes the mathematics of a step but for rounding (a cosine schedule is
+# stretched by a new length: that is what was asked for).
 MUTABLE_KEYS = frozenset(
     {"steps", "epochs", "log_every", "eval_every", "eval_images", "checkpoint_every", "keep_last", "tensorboard"}
-    | {"device", "activation_checkpointing", "parallel", "replicas", "guard", "spike", "keep_best", "wandb", "meters"}
+    | {
+        "device",
+        "activation_checkpointing",
+        "accumulation",
+        "parallel",
+        "replicas",
+        "guard",
+        "spike",
+        "keep_best",
+        "wandb",
+        "meters",
+    }
     | {"perceptual_weights"}  # a path: what the file holds is among the run's inputs
 )
 
@@ -253,6 +264,12 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
         return kind(**arguments)
     except TypeError as error:
         raise InputError(f"Expected a complete {kind.__name__}, found {error}") from None
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """The defaults of a config's fields, where they have any, as JSON values."""
+    fields = [field for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING]
+    return {field.name: _plain(field.default) for field in fields if not dataclasses.is_dataclass(field.default)}
 
 
 def _plain(value: Any) -> Any:

@@ -35,28 +35,36 @@ def compile_parts(parts: Iterable[nn.Module], device: torch.device) -> None:
     if missing is not None:
         print(f"torch.compile needs {missing}: training uncompiled.", file=sys.stderr, flush=True)
         return
-    for part in parts:
+    import torch._dynamo  # seconds: only where it is needed
+
+    held = list(parts)
+    # A part has graphs of its own for training, evaluation and each rate of stochastic depth; torch gives up at eight.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(held))
+    torch._dynamo.config.optimize_ddp = False  # it would cut each part into DDP's buckets; parts overlap already
+    for part in held:
         part.compile()
 
 
 @contextmanager
-def memory_advice(config: TrainConfig) -> Iterator[None]:
+def memory_advice(config: TrainConfig, processes: int = 1) -> Iterator[None]:
     """Where a GPU's memory is too small, an InputError that names what would save some, in order of what it costs."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-        ways = []
+        ways, batch = [], config.batch_size
+        transformer = hasattr(config, "activation_checkpointing")
         if getattr(config, "activation_checkpointing", None) in ("none", "selective"):
             ways.append("activation_checkpointing=full (or selective)")
-        if config.parallel != "ddp":  # parts would keep whole gradients between them there
+        more = [n for n in range(config.accumulation + 1, batch + 1) if not batch % n and not batch // n % processes]
+        if processes > 1 and config.parallel != "ddp":  # parts would keep whole gradients between them there
             ways.append("a smaller batch_size, or more GPUs")
-        elif config.accumulation < config.batch_size:
-            ways.append(f"accumulation={2 * config.accumulation}")
+        elif more:
+            ways.append(f"accumulation={more[0]}")
         if config.parallel in ("ddp", "sdp"):
             ways.append("parallel=fsdp under torchrun")
         advice = ", ".join(ways) or "a smaller model"
+        plan = "; `retinar train gpt --plan` shows what fits" if transformer else ""
         raise InputError(
-            f"Expected a step to fit into the GPU's {total:.0f} GiB, found it out of memory: set {advice}; "
-            "`retinar train gpt --plan` shows what fits."
+            f"Expected a step to fit into the GPU's {total:.0f} GiB, found it out of memory: set {advice}{plan}."
         ) from error

@@ -22,7 +22,7 @@ from retinar.kernels import ops
 from retinar.train import loop
 from retinar.train.code_files import CodeSet
 from retinar.train.code_fit import check_codes, codes_digest, number_classes, tokenizer_of
-from retinar.train.config import GPTTrainConfig, to_dict
+from retinar.train.config import GPTTrainConfig, defaults, to_dict
 from retinar.train.device import compile_parts, memory_advice
 from retinar.train.flops import gpt_step_flops
 from retinar.train.guard import Guard, batch_names
@@ -99,7 +99,7 @@ class GPTTask:
                 part_loss.backward()
             loss += part_loss.detach()
         grad_norm = clip_gradients(self.model.parameters(), self.config.optim.grad_clip)
-        applied = self.guard.allows(step, grad_norm, self.describe(step))
+        applied = self.guard.allows(step, grad_norm, self.describe)
         if applied:
             self.optimizer.step()
         self.parallel.clear_gradients(self.optimizer, len(self.rows))
@@ -243,8 +243,16 @@ def train_gpt(
     inputs = {"codes": codes_digest(codes), "init": digest(init) if init is not None else None}
     with (
         joined(config.device) as world,
-        memory_advice(config),
-        RunFolder.open(out, task="gpt", config=to_dict(config), inputs=inputs, resume=resume, world=world) as folder,
+        memory_advice(config, world.size),
+        RunFolder.open(
+            out,
+            task="gpt",
+            config=to_dict(config),
+            inputs=inputs,
+            resume=resume,
+            defaults=defaults(config),
+            world=world,
+        ) as folder,
     ):
         seed_everything(config.seed)
         with world.device:

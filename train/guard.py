@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
@@ -32,9 +33,9 @@ class Guard:
         self._norms: deque[float] = deque(maxlen=MEMORY)
         self._in_a_row = 0
 
-    def allows(self, step: int, norm: Tensor, batch: str) -> bool:
-        """Whether to apply a gradient of this norm (before clipping, the same in every process). ``batch`` names the
-        images of the step. InputError when the policy is to stop, or after 20 steps left out in a row."""
+    def allows(self, step: int, norm: Tensor, describe: Callable[[int], str]) -> bool:
+        """Whether to apply a gradient of this norm (before clipping, the same in every process). ``describe`` names the
+        images of a step. InputError when the policy is to stop, or after 20 steps left out in a row."""
         if not self.skips and self.spike is None:
             return True
         value = float(norm)
@@ -47,7 +48,7 @@ class Guard:
             self._in_a_row = 0
             return True
         usual = "" if math.isinf(limit) else f" (usual: {limit / (self.spike or 1):.4g})"
-        found = f"a gradient of norm {value:.4g}{usual} at step {step + 1}, {batch}"
+        found = f"a gradient of norm {value:.4g}{usual} at step {step + 1}, {describe(step)}"
         self._in_a_row += 1
         if not self.skips or self._in_a_row > MOST_SKIPPED:
             many = f", as in the {MOST_SKIPPED} steps before" if self._in_a_row > MOST_SKIPPED else ""

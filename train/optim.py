@@ -121,13 +121,6 @@ class EMA:
             if self.averages[name] is not tensor:
                 self.averages[name].copy_(tensor)
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite a module's parameters by the averages (an export's copy, never the one in training)."""
-        parameters = dict(model.named_parameters())
-        for name, average in self.averages.items():
-            parameters[name].copy_(average)
-
 
 def full_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, world: World

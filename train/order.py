@@ -57,6 +57,6 @@ def own_rows(config: TrainConfig, world: World) -> list[Indices]:
     if each % world.size:
         raise InputError(
             f"Expected batch_size / accumulation to be a multiple of the {world.size} processes, found "
-            f"{config.batch_size} / {parts}: set batch_size or accumulation."
+            f"{config.batch_size} / {parts}: set accumulation, or batch_size for a new run."
         )
     return list(np.arange(config.batch_size).reshape(parts, world.size, -1)[:, world.rank])

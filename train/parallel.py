@@ -34,6 +34,7 @@ class Parallel:
     ) -> None:
         self.model, self.forward, self.world, self.sharded = model, forward, world, sharded
         self._precision, self._cast = config.precision, cast
+        self._keeps = config.parallel == "sdp"  # weights stay gathered until the step's last part
 
     def autocast(self) -> Any:
         """The region for forward passes; nothing where weights are cast as they are gathered."""
@@ -49,6 +50,8 @@ class Parallel:
         if isinstance(self.forward, FSDPModule):
             self.forward.set_requires_gradient_sync(last)
             self.forward.set_is_last_backward(last)
+            if self._keeps:
+                self.forward.set_reshard_after_backward(last)
         yield
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer, parts: int) -> None:
@@ -85,9 +88,9 @@ def wrap(
         forward = DistributedDataParallel(
             model,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+        forward.broadcast_buffers = False  # as an argument it is deprecated from torch 2.13 on
         return Parallel(model, forward, config, world, sharded=False, cast=False)
     mesh = _mesh(config, world)
     policy = MixedPrecisionPolicy()

@@ -51,6 +51,7 @@ class RunFolder:
         config: Mapping[str, Any],
         inputs: Mapping[str, Any] | None = None,
         resume: bool = False,
+        defaults: Mapping[str, Any] | None = None,
         world: World | None = None,
     ) -> RunFolder:
         """Start a run in a new or empty folder, or go on with the one that is there (``resume``).
@@ -58,16 +59,28 @@ class RunFolder:
         ``config`` is the complete config as JSON values; ``inputs`` names what else decides the run's course by content
         (digests of data and of initial weights, not paths). InputError when the folder holds a run and ``resume`` is
         not set, holds something else, is in use, or when more than ``config.MUTABLE_KEYS`` differs from the stored run.
+        What a stored config lacks, written by an older version, is taken as ``defaults`` has it.
         All processes of ``world`` (None: this one alone) call it; the main one holds the folder.
         """
         path, world = Path(path), world or World(torch.device("cpu"))
         held: list[RunFolder] = []
-        world.on_main(lambda: held.append(cls._hold(path, task, dict(config), dict(inputs or {}), resume, world)))
+        world.on_main(
+            lambda: held.append(
+                cls._hold(path, task, dict(config), dict(inputs or {}), resume, dict(defaults or {}), world)
+            )
+        )
         return held[0] if held else cls(path, None, world)
 
     @classmethod
     def _hold(
-        cls, path: Path, task: str, config: dict[str, Any], inputs: dict[str, Any], resume: bool, world: World
+        cls,
+        path: Path,
+        task: str,
+        config: dict[str, Any],
+        inputs: dict[str, Any],
+        resume: bool,
+        defaults: dict[str, Any],
+        world: World,
     ) -> RunFolder:
         if path.exists() and not path.is_dir():
             raise InputError(f"Expected a folder for the run, found the file {path}: choose another --out.")
@@ -87,7 +100,7 @@ class RunFolder:
             ) from None
         folder = cls(path, lock, world)
         try:
-            folder._enter_config(task, config, inputs, resume)
+            folder._enter_config(task, config, inputs, resume, defaults)
             for leftover in [*path.glob(".*.partial"), *folder.checkpoints.glob(".*.partial")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         except BaseException:
@@ -109,7 +122,9 @@ class RunFolder:
     ) -> None:
         self.close()
 
-    def _enter_config(self, task: str, config: dict[str, Any], inputs: dict[str, Any], resume: bool) -> None:
+    def _enter_config(
+        self, task: str, config: dict[str, Any], inputs: dict[str, Any], resume: bool, defaults: dict[str, Any]
+    ) -> None:
         file = self.path / "config.json"
         if not file.exists():
             if resume:
@@ -126,7 +141,7 @@ class RunFolder:
         stored = read_run(self.path)
         if stored["task"] != task:
             raise InputError(f"Expected a {task} run to resume in {self.path}, found a {stored['task']} run.")
-        before, after = flatten(stored["config"]), flatten(config)
+        before, after = flatten({**defaults, **stored["config"]}), flatten(config)
         changed = [
             f"{key} ({before.get(key)!r}, now {after.get(key)!r})"
             for key in sorted(before.keys() | after.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from retinar.engine.errors import InputError
 from retinar.engine.progress import Progress, plain
 from retinar.engine.tokenizer import VQTokenizer
 from retinar.train import loop
-from retinar.train.config import TokenizerTrainConfig, to_dict
+from retinar.train.config import TokenizerTrainConfig, defaults, to_dict
 from retinar.train.crops import Crops, fingerprint, random_square
 from retinar.train.data.images import ImageSet
 from retinar.train.device import autocast, compile_parts, memory_advice
@@ -149,7 +150,7 @@ class TokenizerTask:
                 if self.revival is not None:
                     self.revival.note(step, codes_Bhw)
         norm = clip_gradients(self._trained(), self.config.optim.grad_clip)
-        applied = self.guard.allows(step, norm, self.describe(step))
+        applied = self.guard.allows(step, norm, self.describe)
         if applied:
             self.optimizer.step()
         self.parallel.clear_gradients(self.optimizer, self.config.accumulation)
@@ -184,8 +185,8 @@ class TokenizerTask:
 
     def describe(self, step: int) -> str:
         """The images of a step in words."""
-        names = [path.relative_to(self.images.root).as_posix() for path in self.images.paths]
-        return batch_names(self.order.batch(step)[0], names)
+        paths = [self.images.paths[index] for index in self.order.batch(step)[0]]
+        return batch_names(range(len(paths)), [path.relative_to(self.images.root).as_posix() for path in paths])
 
     def meters(self) -> Meters | None:
         """Begin to meter what follows, where the config asks for it. All processes call it."""
@@ -249,7 +250,10 @@ class TokenizerTask:
                 (share * loss).backward()
             for name, value in {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": made.mean()}.items():
                 values[name] += share * value.detach().float()
-        clip_gradients(adversary.parameters(), self.config.disc_optim.grad_clip)
+        norm = clip_gradients(adversary.parameters(), self.config.disc_optim.grad_clip)
+        if self.guard.skips and not math.isfinite(float(norm)):
+            self.disc_optimizer.zero_grad(set_to_none=True)
+            return {}
         self.disc_optimizer.step()
         self.judge.clear_gradients(self.disc_optimizer, self.config.accumulation)
         return values
@@ -376,11 +380,18 @@ def train_tokenizer(
         "init": digest(init) if init is not None else None,
         "vgg16": perceptual.digest if perceptual is not None else None,
     }
-    settings = to_dict(config)
     with (
         joined(config.device) as world,
-        memory_advice(config),
-        RunFolder.open(out, task="tokenizer", config=settings, inputs=inputs, resume=resume, world=world) as folder,
+        memory_advice(config, world.size),
+        RunFolder.open(
+            out,
+            task="tokenizer",
+            config=to_dict(config),
+            inputs=inputs,
+            resume=resume,
+            defaults=defaults(config),
+            world=world,
+        ) as folder,
     ):
         seed_everything(config.seed)
         model = VQTokenizer(config.model).to(world.device)

@@ -54,8 +54,8 @@ class World:
     def on_main(self, work: Callable[[], T]) -> T:
         """What ``work()`` gives in the main process, in all of them; it must pickle.
 
-        An InputError there is an InputError here (``elsewhere`` is set on all copies but the main process's, which is
-        the one to be printed); any other error ends the others with a RuntimeError.
+        An InputError or OSError there is an InputError here (``elsewhere`` is set on all copies but the main process's,
+        which is the one to be printed); any other error ends the others with a RuntimeError.
         """
         if self.size == 1:
             return work()
@@ -64,7 +64,7 @@ class World:
         if self.main:
             try:
                 outcome = ["done", work()]
-            except InputError as raised:
+            except (InputError, OSError) as raised:
                 error, outcome = raised, ["refused", str(raised)]
             except BaseException as raised:
                 error, outcome = raised, ["failed", repr(raised)]
@@ -78,14 +78,14 @@ class World:
         return outcome[1]
 
     def together(self, work: Callable[[], T]) -> T:
-        """``work()`` in every process; an InputError of any of them is raised in all."""
+        """``work()`` in every process; an InputError or OSError of any of them is raised in all."""
         if self.size == 1:
             return work()
         found: T | None = None
-        error: InputError | None = None
+        error: InputError | OSError | None = None
         try:
             found = work()
-        except InputError as raised:
+        except (InputError, OSError) as raised:
             error = raised
         sentences = self.gather(None if error is None else str(error))
         first = next((rank for rank, sentence in enumerate(sentences) if sentence is not None), None)
@@ -129,7 +129,7 @@ class World:
         if self.size == 1:
             return rows
         every = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(every, rows.contiguous())
+        dist.all_gather(list(every.chunk(self.size)), rows.contiguous())
         return every
 
     def barrier(self) -> None:
@@ -158,6 +158,8 @@ def joined(device: str) -> Iterator[World]:
     if not launched():
         yield World(where)
         return
+    if "RANK" not in os.environ:
+        raise InputError("Expected RANK beside WORLD_SIZE in the environment, found none: start with torchrun.")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -183,8 +185,7 @@ def joined(device: str) -> Iterator[World]:
         control=control,
         writing=writing,
     )
-    try:
-        yield world
-    finally:
-        if begun:
-            dist.destroy_process_group()
+    yield world
+    # Not after an error: NCCL's end is a collective, and the others may be in another one. torchrun ends them.
+    if begun:
+        dist.destroy_process_group()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from retinar.bench import readme, record, report, report_page, targets
+from retinar.bench import readme, record, report, report_page, report_training, targets
 from retinar.bench.targets import OURS, ROTATED, TARGETS, UNFUSED
 from retinar.engine.errors import InputError
 from retinar.engine.files import write_json
@@ -42,10 +42,18 @@ def test_the_readme_is_what_the_results_say() -> None:
     assert stands == report_page.section(readme.newest_decoding(results)), STALE.replace("README.md", report_page.PAGE)
 
 
-def test_the_command_writes_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_all_pages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(readme, "update", lambda: "README.md")
     monkeypatch.setattr(report_page, "update", lambda: "page.md")
-    assert report.main(["--readme"]) == 0 and capsys.readouterr().out == "written to README.md and page.md\n"
+    monkeypatch.setattr(report_training, "update", lambda: "training.md")
+    assert report.main(["--readme"]) == 0
+    assert capsys.readouterr().out == "written to README.md, page.md and training.md\n"
+
+
+def test_the_training_page_is_what_the_results_give() -> None:
+    page = ROOT / report_training.PAGE
+    _, stands, _ = readme.split(page.read_text(encoding="utf-8"), page, report_training.BEGIN, report_training.END)
+    assert stands == report_training.section(report_training.newest(ROOT / "bench" / "results"))
 
 
 def test_the_page_is_written_between_its_markers(tmp_path: Path) -> None:

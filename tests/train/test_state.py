@@ -14,8 +14,10 @@ import torch
 
 from retinar.engine.errors import InputError
 from retinar.train import checkpoints as checkpoints_module
+from retinar.train.config import defaults
 from retinar.train.rng import preserved_rng, rng_state, seed_everything
 from retinar.train.state import RunFolder, read_run
+from tests.train.tiny import tiny_config
 
 CONFIG = {"optim": {"lr": 0.1}, "steps": 10, "log_every": 1}
 
@@ -124,8 +126,24 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
         save(run, 1, tensors(1), {}, keep_last=1)
         (run.checkpoints / "step-0000001" / ".metadata").unlink()
-        with pytest.raises(InputError, match="1 damaged"):
-            run.newest()
+        for _ in range(2):  # a restart by itself must not begin anew
+            with pytest.raises(InputError, match="1 damaged"):
+                run.newest()
+
+
+def test_a_disk_that_refuses_for_a_moment_damages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(tmp_path / "run") as run:
+        save(run, 1, tensors(1), {}, keep_last=1)
+
+        def refuse(_: Path) -> str:
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints_module, "sha256_file", refuse)
+            with pytest.raises(OSError, match="Input/output"):
+                run.newest()
+        found = run.newest()
+        assert found is not None and found.step == 1
 
 
 def test_half_written_checkpoints_are_ignored_and_removed(tmp_path: Path) -> None:
@@ -253,3 +271,32 @@ def test_keeps_the_best_beside_the_last(tmp_path: Path) -> None:
         assert run.steps() == [6], "of equals the newest"
         save(run, 7, tensors(7), {}, keep_last=1)
         assert run.steps() == [7]
+        for step, value in ((8, 1.0), (9, float("nan"))):
+            save(run, step, tensors(step), {}, keep_last=1, value=value, keep_best=True)
+        assert run.steps() == [9, 8], "what is no number is not the best"
+
+
+def test_a_config_of_an_older_version_can_go_on(tmp_path: Path) -> None:
+    """What it does not know had its default's value; another value now is another run."""
+    start(tmp_path / "run").close()
+    newer = {**CONFIG, "reduce_precision": "fp32"}
+    known = {"reduce_precision": "fp32"}
+    RunFolder.open(
+        tmp_path / "run", task="toy", config=newer, inputs={"codes": "a"}, resume=True, defaults=known
+    ).close()
+    (tmp_path / "other").mkdir()
+    start(tmp_path / "other" / "run").close()
+    with pytest.raises(InputError, match="reduce_precision"):
+        RunFolder.open(
+            tmp_path / "other" / "run",
+            task="toy",
+            config={**CONFIG, "reduce_precision": "bf16"},
+            inputs={"codes": "a"},
+            resume=True,
+            defaults=known,
+        )
+
+
+def test_defaults_of_a_config() -> None:
+    found = defaults(tiny_config())
+    assert found["reduce_precision"] == "fp32" and found["parallel"] == "ddp" and "model" not in found
