@@ -1,138 +1,25 @@
-"""LPIPS with VGG16 (Zhang et al., 2018) as a training loss: the network of ``lpips``, its weights from a file."""
+"""LPIPS as a training loss."""
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from retinar.engine.errors import InputError
-from retinar.engine.files import sha256_file
-from retinar.engine.torchvision_shim import import_torchvision
+from retinar.engine.perceptual import LPIPS
 
-_CONVOLUTIONS = {
-    "slice1": (0, 2),
-    "slice2": (5, 7),
-    "slice3": (10, 12, 14),
-    "slice4": (17, 19, 21),
-    "slice5": (24, 26, 28),
-}
-"""VGG16's convolutions by the slices of ``lpips``; the numbers are those of torchvision's ``features``."""
 WAYS_OUT = "give them with --set perceptual_weights=PATH, or train without with --set perceptual=none"
 
 
-class PerceptualLoss(nn.Module):
-    """Mean LPIPS distance of reconstructions to photographs, differentiable in the reconstructions alone.
-
-    The network is frozen and runs in ``dtype``; distances between its normalised features are taken in fp32.
-    ``digest`` is the SHA-256 of the weight file.
-    """
+class PerceptualLoss(LPIPS):
+    """Mean LPIPS distance of reconstructions to photographs, differentiable in the reconstructions alone."""
 
     def __init__(self, weights: Path | str | None, *, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        if weights is None:
-            raise InputError(f"Expected VGG16's weights for the perceptual loss, found none: {WAYS_OUT}.")
-        vgg = read_vgg16(weights)
-        self.digest = sha256_file(weights)
-        network = _lpips(vgg)
-        network.net.to(dtype).to(memory_format=torch.channels_last)
-        self.network: Any = network.requires_grad_(False).eval()  # lpips knows no types
-        self.dtype = dtype
-
-    def train(self, mode: bool = True) -> PerceptualLoss:
-        """Stays in evaluation mode: there is nothing to train, and the heads' dropout must not run."""
-        return super().train(False)
+        super().__init__(weights, dtype=dtype, advice=WAYS_OUT)
 
     def forward(self, reconstruction_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
         """fp32 [B, 3, H, W] in [-1, 1], H and W at least 16 -> fp32 scalar."""
-        with torch.autocast(images_BCHW.device.type, enabled=False):
-            with torch.no_grad():
-                wanted = self._features(images_BCHW)
-            found = self._features(reconstruction_BCHW)
-            distance = torch.zeros((), device=images_BCHW.device)
-            for head, a_BCHW, b_BCHW in zip(self.network.lins, found, wanted, strict=True):
-                difference_BCHW = _normalised(a_BCHW) - _normalised(b_BCHW)
-                distance = distance + head(difference_BCHW.square()).mean()
-        return distance
-
-    def _features(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
-        scaled = self.network.scaling_layer(images_BCHW.float())
-        # channels_last: twice as fast in oneDNN, and what tensor cores want
-        features: tuple[Tensor, ...] = self.network.net(scaled.to(self.dtype, memory_format=torch.channels_last))
-        return features
-
-
-def read_vgg16(path: Path | str) -> dict[str, Tensor]:
-    """VGG16's convolutional weights by torchvision's names, fp32.
-
-    ``path``: safetensors with ``features.N.weight`` and ``.bias``, or torchvision's own state dict
-    (``vgg16-397923af.pth``). InputError where the file is missing, damaged, or another network's.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"Expected VGG16's weights in {path}, found no file: {WAYS_OUT}.")
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"Expected VGG16's weights in {path}, found a damaged or another file: {WAYS_OUT}.") from error
-    wanted: dict[str, tuple[int, ...]] = {}
-    width_in, widths = 3, (64, 128, 256, 512, 512)
-    for numbers, width in zip(_CONVOLUTIONS.values(), widths, strict=True):
-        for number in numbers:
-            wanted[f"features.{number}.weight"] = (width, width_in, 3, 3)
-            wanted[f"features.{number}.bias"] = (width,)
-            width_in = width
-    for name, shape in wanted.items():
-        found = weights.get(name) if isinstance(weights, dict) else None
-        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else "nothing"
-            raise InputError(f"Expected {name} {list(shape)} in {path}, found {what}: give VGG16's weights.")
-    return {name: weights[name].float() for name in wanted}
-
-
-def _normalised(features_BCHW: Tensor) -> Tensor:
-    """Unit length over the channels, in fp32; 1e-10 is ``lpips``'s.
-
-    The clamp changes no value: it keeps the root's gradient finite where no filter fires (``lpips`` gives NaN there).
-    """
-    features_BCHW = features_BCHW.float()
-    length_B1HW = features_BCHW.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
-    return features_BCHW / (length_B1HW + 1e-10)
-
-
-def _lpips(vgg: dict[str, Tensor]) -> Any:
-    """``lpips.LPIPS`` with its own linear heads and this trunk; nothing printed, no random numbers used up.
-
-    Built without memory and filled afterwards: ``lpips`` would draw all of VGG16 first, a classifier of 124 million
-    weights included, and throw it away.
-    """
-    try:
-        import_torchvision()
-        import lpips
-    except ImportError as error:
-        raise InputError(
-            f"Expected the package lpips for the perceptual loss, found {error}: pip install lpips, "
-            "or train without with --set perceptual=none."
-        ) from None
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
-    heads = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-    weights = torch.load(heads, map_location="cpu", weights_only=True)
-    for slice_name, numbers in _CONVOLUTIONS.items():
-        for number in numbers:
-            for kind in ("weight", "bias"):
-                weights[f"net.{slice_name}.{number}.{kind}"] = vgg[f"features.{number}.{kind}"]
-    network.load_state_dict(weights, strict=False, assign=True)
-    if empty := [name for name, tensor in network.state_dict().items() if tensor.is_meta]:
-        raise RuntimeError(f"this version of lpips has other weights: {', '.join(empty)}")
-    return network
+        with torch.no_grad():
+            wanted = self.features(images_BCHW)
+        return self.between(self.features(reconstruction_BCHW), wanted).mean()

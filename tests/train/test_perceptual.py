@@ -1,4 +1,4 @@
-"""LPIPS as a loss: the ``lpips`` package's own value, and what a training needs beyond it."""
+"""LPIPS as a distance and as a loss: the ``lpips`` package's own value, and what a training needs beyond it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from retinar.engine.errors import InputError
-from retinar.train.perceptual import PerceptualLoss, read_vgg16
+from retinar.engine.perceptual import LPIPS, find_vgg16, read_vgg16
+from retinar.train.perceptual import PerceptualLoss
 
 if importlib.util.find_spec("lpips") is None:
     pytest.skip("the package lpips is not installed (extra: metrics)", allow_module_level=True)
@@ -58,6 +59,36 @@ def test_it_is_lpips(loss: PerceptualLoss) -> None:
         wanted = theirs(a, b).mean()
         assert loss(a, b).item() == pytest.approx(wanted.item(), rel=1e-5)
         assert loss(a, a).item() == 0.0
+
+
+def test_a_distance_an_image(weights: Path, loss: PerceptualLoss) -> None:
+    """Each image's own, whatever stands beside it; features that are kept give the same."""
+    lpips = LPIPS(weights)
+    a, b = images(3, seed=1), images(3, seed=2)
+    with torch.no_grad():
+        distances = lpips(a, b)
+        assert distances.shape == (3,) and distances.dtype == torch.float32
+        assert distances.mean().item() == pytest.approx(loss(a, b).item(), rel=1e-6)
+        for index in range(3):
+            alone = lpips.distances(a[index : index + 1], b[index : index + 1])
+            assert alone.item() == pytest.approx(distances[index].item(), rel=1e-5)
+        against_all = lpips.between(lpips.features(a[:1]), lpips.features(b))
+        wanted = torch.stack([lpips.distances(a[:1], b[index : index + 1])[0] for index in range(3)])
+        torch.testing.assert_close(against_all, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_are_found_where_torchvision_keeps_them(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert find_vgg16() is None
+    assert find_vgg16(weights) == weights
+    kept = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    kept.parent.mkdir(parents=True)
+    torch.save(read_vgg16(weights), kept)
+    assert find_vgg16() == kept
+    with pytest.raises(InputError, match="found no file: check --vgg"):
+        find_vgg16(tmp_path / "absent.pth")
 
 
 def test_gradient_for_the_reconstruction_alone(loss: PerceptualLoss) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from retinar.engine.config import TokenizerConfig, tokenizer_config
 from retinar.engine.errors import InputError
+from retinar.engine.perceptual import TORCHVISION_FILE as VGG16
 from retinar.engine.progress import silent
 from retinar.engine.tokenizer import VQTokenizer
 from retinar.train import loop
@@ -34,7 +35,6 @@ from retinar.train.upstream.vq_store import VqSource, VqStore, plain
 from retinar.train.upstream.vq_task import UpstreamTokenizerTask
 from retinar.train.world import World, joined
 
-VGG16 = "vgg16-397923af.pth"
 """Torchvision's file, where torchvision leaves it: LlamaGen loads it through torchvision."""
 
 
