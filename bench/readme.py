@@ -64,14 +64,14 @@ def decoding(contents: Sequence[Mapping[str, Any]]) -> str:
 def newest(results: Path) -> list[dict[str, Any]]:
     """The newest whole result of each device, GPUs first, with the newest sampling; exercises are none.
 
-    A result of a part (``--only``) counts for a device that has no whole one, and for its sampling. One of decoding
-    alone is not among them.
+    A result of a part (``--only``) counts for a device that has no whole one, and for its sampling. One of decoding or
+    of training alone is not among them.
     """
     found: dict[str, dict[str, Any]] = {}
     sampled: dict[str, dict[str, Any]] = {}
     for path in sorted(results.glob("*/*.json")):
         content = record.load(path)
-        if content.get("exercise") or content.get("only") == "decoding":
+        if content.get("exercise") or not (content["rows"] or content.get("sampling")):
             continue
         device = content["device"]
         if device not in found or _rank(content) > _rank(found[device]):
