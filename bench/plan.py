@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from retinar.bench import baselines, ops
-from retinar.bench.baselines import Absent
+from retinar.bench import ops
+from retinar.bench.baselines import kernels as baselines
+from retinar.bench.baselines.kernels import Absent
 from retinar.bench.cases import SIZES
 from retinar.bench.ops import Measurement
 

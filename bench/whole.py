@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from retinar.bench import baselines, check_phase, machine, precompile, record, targets
-from retinar.bench.baselines import Absent
+from retinar.bench import check_phase, machine, precompile, record, targets
+from retinar.bench.baselines import kernels as baselines
+from retinar.bench.baselines.kernels import Absent
 from retinar.bench.cases import LEFT_OUT
 from retinar.bench.check_phase import SAMPLING
 from retinar.bench.checks import first_line, name_of

@@ -69,10 +69,10 @@ def load_gpt(
     if is_folder(path):
         stored = _folder(path, "gpt", ema)
         settings = gpt_config({**stored["config"], **_stated(config, gpt_fields)})
-        weights = _verified(path, stored, dtype)
+        weights = verified(path, stored, dtype)
     else:
         file = read_upstream(path, ema=ema)
-        _expect(path, "gpt", kind_of(file.weights))
+        expect_kind(path, "gpt", kind_of(file.weights))
         config = file.config if config is None else config
         settings = infer_gpt_config(config, to_upstream_state_dict(file.weights), file.args, str(path))
         weights = {key: _cast(key, tensor, dtype) for key, tensor in file.weights.items()}
@@ -96,10 +96,10 @@ def load_tokenizer(
     if is_folder(path):
         stored = _folder(path, "tokenizer", ema)
         settings = tokenizer_config({**stored["config"], **_stated(config, tokenizer_fields)})
-        weights = _verified(path, stored, dtype)
+        weights = verified(path, stored, dtype)
     else:
         file = read_upstream(path, ema=ema)
-        _expect(path, "tokenizer", kind_of(file.weights))
+        expect_kind(path, "tokenizer", kind_of(file.weights))
         config = file.config if config is None else config
         settings = infer_tokenizer_config(config, file.weights, file.args, str(path))
         weights = {key: _cast(key, tensor, dtype) for key, tensor in file.weights.items()}
@@ -262,20 +262,22 @@ def _stated(config: Any, fields_of: Any) -> dict[str, Any]:
 
 def _folder(path: Path, kind: str, ema: bool) -> dict[str, Any]:
     stored = read_config(path)
-    _expect(path, kind, stored["kind"])
+    expect_kind(path, kind, stored["kind"])
     if ema:
         raise InputError(f"Expected averaged weights (ema) in {path}, found a folder with one set: leave out ema.")
     return stored
 
 
-def _expect(path: Path, kind: str, found: str | None) -> None:
+def expect_kind(path: Path, kind: str, found: str | None) -> None:
+    """InputError unless ``found`` is the ``kind`` asked for."""
     if found != kind:
         names = {"gpt": "a transformer", "tokenizer": "a tokenizer", "iddpm": "a diffusion model"}
         other = names.get(found or "", "other weights")
         raise InputError(f"Expected {names[kind]} in {path}, found {other}: give another path.")
 
 
-def _verified(path: Path, stored: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def verified(path: Path, stored: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Copies of a folder's weights in ``dtype`` (None: as stored). InputError unless they have the recorded digest."""
     if disk.weights_digest(path) != stored.get("sha256"):
         raise InputError(
             f"Expected weights in {path} with the digest in its config.json, found others: "

@@ -13,6 +13,8 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,13 +28,15 @@ from torch import Tensor
 
 from retinar import __version__
 from retinar.engine.errors import InputError
-from retinar.engine.request import Request, SamplingParams, label_name, make_request
+from retinar.engine.request import Asked, Request, SamplingParams, label_name, make_request
 
 SOFTWARE = "retinar"
 FIELDS = (
     *("software", "version", "synthetic", "checkpoint", "tokenizer", "label", "class", "seed", "index", "parameters"),
     *("dtype", "implementation", "codes", "codes_sha256", "pixels_sha256"),
 )
+OF_CODES = ("tokenizer", "codes", "codes_sha256")
+"""Fields that images of a model without codes do not have."""
 UNSAVED = "unsaved"  # in place of a digest, for weights that came from no file
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What PIL raises for files that are no image, cut, or damaged.
@@ -41,10 +45,11 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 
 @dataclass(frozen=True)
 class Origin:
-    """The part of a provenance that all images of a sampler share. Digests are SHA-256 in hexadecimal."""
+    """The part of a provenance that all images of a sampler share. Digests are SHA-256 in hexadecimal; ``tokenizer`` is
+    None for a model without codes, whose ``vocab_size`` is 0."""
 
     checkpoint: str
-    tokenizer: str
+    tokenizer: str | None
     dtype: str
     implementation: dict[str, Any]
     classes: tuple[str, ...]
@@ -64,21 +69,23 @@ def implementation(runner: str, backend: str, isa: str | None, device: torch.dev
     return found
 
 
-def describe(origin: Origin, request: Request, codes_T: Tensor, pixels_HWC: np.ndarray) -> dict[str, str]:
-    """The text fields of one image; all values are strings."""
-    codes = pack_codes(codes_T, origin.vocab_size)
+def describe(origin: Origin, request: Asked, codes_T: Tensor | None, pixels_HWC: np.ndarray) -> dict[str, str]:
+    """The text fields of one image; all values are strings. Without codes, all but those of `OF_CODES`."""
+    codes = b"" if codes_T is None else pack_codes(codes_T, origin.vocab_size)
     values = (
-        *(SOFTWARE, __version__, "true", origin.checkpoint, origin.tokenizer),
+        *(SOFTWARE, __version__, "true", origin.checkpoint, origin.tokenizer or UNSAVED),
         *(label_name(request.label, origin.classes), str(request.label), str(request.stream.seed), str(request.index)),
         *(json.dumps(request.params.to_dict()), origin.dtype, json.dumps(origin.implementation)),
         *(base64.b64encode(codes).decode(), hashlib.sha256(codes).hexdigest(), pixels_sha256(pixels_HWC)),
     )
-    return dict(zip(FIELDS, values, strict=True))
+    fields = dict(zip(FIELDS, values, strict=True))
+    return {name: value for name, value in fields.items() if codes_T is not None or name not in OF_CODES}
 
 
-def expected(origin: Origin, request: Request) -> dict[str, str]:
+def expected(origin: Origin, request: Asked) -> dict[str, str]:
     """The fields known before an image is made, but for version and implementation: what a resume compares."""
-    known = describe(origin, request, torch.zeros(0, dtype=torch.int64), np.zeros((0, 0, 3), np.uint8))
+    codes_T = None if origin.tokenizer is None else torch.zeros(0, dtype=torch.int64)
+    known = describe(origin, request, codes_T, np.zeros((0, 0, 3), np.uint8))
     free = ("codes", "codes_sha256", "pixels_sha256", "version", "implementation")
     return {name: value for name, value in known.items() if name not in free}
 
@@ -100,11 +107,10 @@ def unpack_codes(text: str, vocab_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """A provenance read back from an image file, with the file's own pixels."""
+class Record:
+    """What an image file says of itself, with the file's own pixels."""
 
     fields: dict[str, str]
-    request: Request
     implementation: dict[str, Any]
     pixels_HWC: np.ndarray
 
@@ -114,9 +120,30 @@ class Provenance:
         return self.fields["pixels_sha256"] == pixels_sha256(self.pixels_HWC)
 
 
+@dataclass(frozen=True)
+class Provenance(Record):
+    """A provenance read back from an image file of the transformer's."""
+
+    request: Request
+
+
 def read(path: Path | str) -> Provenance:
-    """The provenance of a PNG of ours. InputError when the file is no whole image or says nothing complete about
-    itself.
+    """The provenance of a PNG of the transformer's. InputError when the file is no whole image or says nothing complete
+    about itself.
+    """
+    found = read_record(path)
+    with told_damage(path):
+        params = SamplingParams(**json.loads(found.fields["parameters"]))
+        request = make_request(
+            int(found.fields["index"]), int(found.fields["class"]), params, int(found.fields["seed"])
+        )
+        base64.b64decode(found.fields["codes"], validate=True)
+        return Provenance(found.fields, found.implementation, found.pixels_HWC, request)
+
+
+def read_record(path: Path | str, without: Sequence[str] = ()) -> Record:
+    """What a PNG of ours says, unread but for the implementation. InputError when the file is no whole image, or lacks
+    a field other than those of ``without``.
     """
     try:
         with open(path, "rb") as file:
@@ -130,20 +157,24 @@ def read(path: Path | str) -> Provenance:
         raise InputError(f"expected an image file, found nothing at {path}; check the path") from error
     except _UNREADABLE as error:
         raise InputError(f"expected a whole PNG made by retinar, but {path} cannot be read ({error})") from error
-    missing = [name for name in FIELDS if name not in fields]
+    missing = [name for name in FIELDS if name not in fields and name not in without]
     if missing:
         raise InputError(
             f"expected a PNG made by retinar generate, but {path} carries no {missing[0]} among its text chunks "
             "(editors and converters drop them); use the original file"
         )
-    try:
-        params = SamplingParams(**json.loads(fields["parameters"]))
-        request = make_request(int(fields["index"]), int(fields["class"]), params, int(fields["seed"]))
+    with told_damage(path):
         made_by = json.loads(fields["implementation"])
         if not isinstance(made_by, dict):
             raise ValueError(f"the implementation is {made_by!r}")
-        base64.b64decode(fields["codes"], validate=True)
-        return Provenance(fields, request, made_by, pixels_HWC)
+        return Record(fields, made_by, pixels_HWC)
+
+
+@contextmanager
+def told_damage(path: Path | str) -> Iterator[None]:
+    """Fields that cannot be what was written are an InputError that names the file."""
+    try:
+        yield
     except (ValueError, TypeError) as error:
         raise InputError(f"the provenance in {path} is damaged ({error}); use the original file") from error
 

@@ -39,20 +39,21 @@ def reproduce(
     recorded = found.implementation
     if found.fields["dtype"] not in PRECISIONS:
         raise InputError(f"the provenance in {file} is damaged (dtype {found.fields['dtype']}); use the original file")
-    model, tokenizer, config = _origin(Path(file), model, tokenizer, config)
-    with _threads(recorded.get("threads")):
+    model, tokenizer, config = named_checkpoint(Path(file), model, tokenizer, config)
+    with torch_threads(recorded.get("threads")):
         sampler = Sampler.from_pretrained(
             model,
             tokenizer,
-            _device(recorded),
+            recorded_device(recorded),
             found.fields["dtype"],
             config=config,
             backend=_backend(recorded),
             batch_invariant=bool(recorded.get("batch_invariant")),
         )
         origin = sampler.origin
-        _same("checkpoint", "--model", found.fields["checkpoint"], origin.checkpoint, file, model)
-        _same("tokenizer", "--tokenizer", found.fields["tokenizer"], origin.tokenizer, file, tokenizer or model)
+        same_weights("checkpoint", "--model", found.fields["checkpoint"], origin.checkpoint, file, model)
+        wanted, given = found.fields["tokenizer"], origin.tokenizer or provenance.UNSAVED
+        same_weights("tokenizer", "--tokenizer", wanted, given, file, tokenizer or model)
         if not 0 <= found.request.label < sampler.config.num_classes:
             raise InputError(
                 f"the provenance in {file} is damaged (class {found.request.label}); use the original file"
@@ -63,7 +64,20 @@ def reproduce(
     if codes_T.shape != again.codes_T.shape or found.pixels_HWC.shape != again.pixels_HWC.shape:
         raise InputError(f"{file} does not have the size that this checkpoint makes; use the original file")
     differing = int((codes_T != again.codes_T).sum())
-    largest = int(np.abs(found.pixels_HWC.astype(int) - again.pixels_HWC.astype(int)).max())
+    return compare(file, found, origin, again.pixels_HWC, {"codes": codes_T.numel(), "codes_differing": differing})
+
+
+def compare(
+    file: Path | str,
+    found: provenance.Record,
+    origin: provenance.Origin,
+    again_HWC: np.ndarray,
+    codes: dict[str, int],
+) -> dict[str, Any]:
+    """What `reproduce` returns: ``file`` as ``found``, against the pixels made again by ``origin``, of the same size.
+    ``codes``: how many, and how many differ; {} for a model without."""
+    recorded = found.implementation
+    largest = int(np.abs(found.pixels_HWC.astype(int) - again_HWC.astype(int)).max())
     changes = {
         key: [recorded.get(key), origin.implementation.get(key)]
         for key in recorded.keys() | origin.implementation.keys()
@@ -71,9 +85,8 @@ def reproduce(
     }
     report: dict[str, Any] = {
         "file": str(file),
-        "equal": differing == 0 and largest == 0,
-        "codes": codes_T.numel(),
-        "codes_differing": differing,
+        "equal": codes.get("codes_differing", 0) == 0 and largest == 0,
+        **codes,
         "largest_pixel_difference": largest,
         "file_untouched": found.untouched,
         "same_implementation": not changes,
@@ -85,11 +98,9 @@ def reproduce(
 
 def _verdict(report: dict[str, Any]) -> str:
     if report["equal"]:
-        return "equal: the same codes and the same pixels"
-    text = (
-        f"{report['codes_differing']} of {report['codes']} codes differ, "
-        f"the largest pixel difference is {report['largest_pixel_difference']} of 255"
-    )
+        return "equal: the same codes and the same pixels" if "codes" in report else "equal: the same pixels"
+    text = f"{report['codes_differing']} of {report['codes']} codes differ, " if "codes" in report else ""
+    text += f"the largest pixel difference is {report['largest_pixel_difference']} of 255"
     if not report["file_untouched"]:
         text += "; the file's pixels were changed after it was made"
     if report["same_implementation"]:
@@ -105,7 +116,7 @@ def _verdict(report: dict[str, Any]) -> str:
     return f"{text}; it was made by another implementation ({names}), whose rounding may differ"
 
 
-def _origin(
+def named_checkpoint(
     file: Path, model: Path | str | None, tokenizer: Path | str | None, config: str | None
 ) -> tuple[Path, Path | None, str | None]:
     """What is given, and for the rest what run.json above images/{label}/ says."""
@@ -123,7 +134,8 @@ def _origin(
     return Path(model), None if tokenizer is None else Path(tokenizer), config or run.get("config")
 
 
-def _same(what: str, flag: str, wanted: str, got: str, file: Path | str, path: Path) -> None:
+def same_weights(what: str, flag: str, wanted: str, got: str, file: Path | str, path: Path) -> None:
+    """InputError unless the recorded digest is that of the weights at ``path``."""
     if wanted == provenance.UNSAVED:
         raise InputError(f"{file} was made by a {what} that was never saved; it cannot be made again")
     if wanted != got:
@@ -132,7 +144,8 @@ def _same(what: str, flag: str, wanted: str, got: str, file: Path | str, path: P
         )
 
 
-def _device(recorded: dict[str, Any]) -> str:
+def recorded_device(recorded: dict[str, Any]) -> str:
+    """A GPU where the image was made on one and there is one, else the CPU."""
     return "cuda" if recorded.get("device") == "cuda" and torch.cuda.is_available() else "cpu"
 
 
@@ -143,7 +156,7 @@ def _backend(recorded: dict[str, Any]) -> str | None:
 
 
 @contextmanager
-def _threads(count: object) -> Iterator[None]:
+def torch_threads(count: object) -> Iterator[None]:
     """Torch's thread count as it was when the image was made, if there are that many cores."""
     before = torch.get_num_threads()
     if isinstance(count, int) and 0 < count <= (os.cpu_count() or 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
+from typing import Any, Protocol
 
 from retinar.engine.errors import InputError
 from retinar.engine.philox import Stream, stream
@@ -60,21 +61,35 @@ class SamplingParams:
         # code 0 comes from the prefill; decode iteration i draws code i + 1 and is guided while i <= cfg_interval
         return min(block_size, self.cfg_interval + 2)
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+class Params(Protocol):
+    """The parameters of a sampler, whichever."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+
+
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One image to make: its stream, its class (an index into the class table) and its parameters."""
+class Asked:
+    """One image to make, by whatever sampler: its stream, its class (an index into the class table), its parameters."""
 
     stream: Stream
     label: int
-    params: SamplingParams
+    params: Params
 
     @property
     def index(self) -> int:
         return self.stream.index
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Asked):
+    """One image to make by the transformer."""
+
+    params: SamplingParams
 
 
 def make_request(index: int, label: int, params: SamplingParams, seed: int = 0) -> Request:

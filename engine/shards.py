@@ -19,9 +19,11 @@ import torch
 
 from retinar.engine.children import Child, reporting, stop, watch, without_interrupts
 from retinar.engine.errors import InputError
-from retinar.engine.generate import Item, Limits, save_images
+from retinar.engine.generate import Limits, save_images
+from retinar.engine.image_folder import Item
 from retinar.engine.progress import Bar, Progress, SilentBar, silent
 from retinar.engine.provenance import Origin
+from retinar.engine.request import Request
 from retinar.engine.sampler import Sampler
 
 REPORT = 0.1  # seconds between two counts of a process
@@ -54,7 +56,7 @@ class Job(NamedTuple):
     """A process's share. ``origin`` and ``threads`` are the parent's: files and bits must be those of one process."""
 
     out: Path
-    items: Sequence[Item]
+    items: Sequence[Item[Request]]
     limits: Limits
     origin: Origin
     threads: int
@@ -73,7 +75,7 @@ class Shards:
     devices: Sequence[str]
 
     def __call__(
-        self, sampler: Sampler, out: Path, missing: Sequence[Item], limits: Limits, progress: Progress
+        self, sampler: Sampler, out: Path, missing: Sequence[Item[Request]], limits: Limits, progress: Progress
     ) -> None:
         if not missing:
             return
@@ -130,5 +132,5 @@ def _work(line: Connection, source: Source, device: str) -> None:
                 line.send(("image", None))
 
 
-def _files(origin: Origin) -> tuple[str, str, str]:
+def _files(origin: Origin) -> tuple[str, str | None, str]:
     return origin.checkpoint, origin.tokenizer, origin.dtype

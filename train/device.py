@@ -13,7 +13,7 @@ from torch import nn
 
 from retinar.engine.device import find_device
 from retinar.engine.errors import InputError
-from retinar.train.config import Precision, TrainConfig
+from retinar.train.config import GPTTrainConfig, Precision, TrainConfig
 
 
 def pick_device(name: str) -> torch.device:
@@ -53,9 +53,9 @@ def memory_advice(config: TrainConfig, processes: int = 1) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         ways, batch = [], config.batch_size
-        transformer = hasattr(config, "activation_checkpointing")
+        transformer = isinstance(config, GPTTrainConfig)
         if getattr(config, "activation_checkpointing", None) in ("none", "selective"):
-            ways.append("activation_checkpointing=full (or selective)")
+            ways.append("activation_checkpointing=full" + " (or selective)" * transformer)
         more = [n for n in range(config.accumulation + 1, batch + 1) if not batch % n and not batch // n % processes]
         if processes > 1 and config.parallel != "ddp":  # parts would keep whole gradients between them there
             ways.append("a smaller batch_size, or more GPUs")

@@ -30,7 +30,8 @@ class Meters:
     ``tokens_per_step``: codes that one optimizer step trains on, over all processes. ``flops_per_step``: of that step,
     over all processes (see `flops`): a number, or a function of the step, counted from 0. ``peak_flops``: what matrix
     products reach, in FLOP/s, on all processes' devices together (see `matmul_flops_per_s`). ``done``: steps done
-    before this session. Starting resets CUDA's own peak of memory.
+    before this session. ``unit``: what ``tokens_per_step`` counts where that is not tokens: the name in the log, as in
+    "images_per_s". Starting resets CUDA's own peak of memory.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Meters:
         peak_flops: float,
         *,
         done: int = 0,
+        unit: str = "tokens",
     ) -> None:
+        self.unit = unit
         self.tokens_per_step, self.device, self.peak_flops, self.done = tokens_per_step, device, peak_flops, done
         self._flops: Callable[[int], float] = flops_per_step if callable(flops_per_step) else lambda _: flops_per_step
         self._flops(done)  # counting a tokenizer's takes a second: now, not on the clock
@@ -72,7 +75,7 @@ class Meters:
         matmul_flops_per_s, the ``peak_flops`` that mfu was taken of.
         """
         flops = sum(self._flops(step) for step in range(self.done, self.done + steps))
-        found = {"tokens_per_s": self.tokens_per_step * steps / seconds, "mfu": flops / seconds / self.peak_flops}
+        found = {f"{self.unit}_per_s": self.tokens_per_step * steps / seconds, "mfu": flops / seconds / self.peak_flops}
         if (peak := peak_memory_bytes(self.device)) is not None:
             found["peak_memory_bytes"] = float(peak)
         found["data_wait"] = self._waited / seconds

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from retinar.bench.baselines import Absent
+from retinar.bench.baselines.kernels import Absent
 from retinar.bench.ops import Measurement
 from retinar.bench.plan import forget_compiled, plan
 from retinar.bench.timing import Limits, limits

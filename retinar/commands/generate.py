@@ -1,14 +1,20 @@
-"""retinar generate: images from a checkpoint into a folder."""
+"""retinar generate: images from a checkpoint, a transformer's or a diffusion model's, into a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from retinar.engine.progress import Progress
+
+DIFFUSION = ("steps", "sampler", "eta")
+"""Options that only a diffusion model knows."""
+TRANSFORMER = ("tokenizer", "temperature", "top_k", "top_p", "cfg_interval", "page_size", "pages", "pin")
+"""Options that only a transformer knows."""
 
 
 @dataclass
@@ -19,13 +25,13 @@ class Generate:
     """
 
     model: Path
-    """The transformer: a checkpoint folder, or an upstream file."""
+    """The transformer or diffusion model: a checkpoint folder, or an upstream file."""
     out: Path
     """The folder to write; one that holds the same run, interrupted, is completed."""
     tokenizer: Path | None = None
     """The tokenizer; by default the tokenizer/ folder inside the checkpoint."""
     config: str | None = None
-    """What an upstream file does not show: a size's name (GPT-XL) or a JSON file."""
+    """What an upstream file does not show: a size's name (GPT-XL, LSUN-256) or a JSON file."""
     label: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Class names or numbers; repeat the flag or separate by commas. By default every class that the checkpoint
     names.
@@ -36,16 +42,24 @@ class Generate:
     """The seed; image number i of a seed is always the same image."""
     start_index: int = 0
     """The number of the first image; another start with the same seed makes other images."""
-    cfg_scale: float = 2.0
-    """Guidance; 1 or less is none, at half the cost."""
-    temperature: float = 1.0
-    """Divides the logits; below 1 draws likelier codes."""
-    top_k: int = 0
-    """Draw from the k likeliest codes only; 0 is off."""
-    top_p: float = 1.0
-    """Draw from the likeliest codes that make up this probability; 1 is off."""
-    cfg_interval: int = -1
-    """Guide the first code and decode steps 0 to this one, then no more (faster); -1 guides all."""
+    cfg_scale: float | None = None
+    """Guidance; 1 is none, at half the cost. By default 2 for a transformer, 1.5 for a diffusion model (1 where it was
+    trained without a null class).
+    """
+    temperature: float | None = None
+    """Transformer: divides the logits; below 1 draws likelier codes. By default 1."""
+    top_k: int | None = None
+    """Transformer: draw from the k likeliest codes only; by default off (0)."""
+    top_p: float | None = None
+    """Transformer: draw from the likeliest codes that make up this probability; by default off (1)."""
+    cfg_interval: int | None = None
+    """Transformer: guide the first code and decode steps 0 to this one, then no more (faster); by default all (-1)."""
+    steps: int | None = None
+    """Diffusion model: steps from noise to image, evenly spread over those of the training; by default 50."""
+    sampler: Literal["ddim", "ancestral"] | None = None
+    """Diffusion model: ancestral (the default) or ddim (deterministic, for well-trained models and few steps)."""
+    eta: float | None = None
+    """Diffusion model: noise that ddim adds in each step, from 0 (the default: none) to 1."""
     npz: bool = False
     """Also write samples.npz (arr_0, uint8, images x height x width x 3)."""
     dtype: Literal["float32", "bfloat16", "int8", "int8-cache"] | None = None
@@ -60,24 +74,22 @@ class Generate:
     """Bit-equal images whatever is made beside them, on any number of GPUs; slower. On a CPU it is always so."""
     max_images: int | None = None
     """Images made at the same time (by each process); changes the speed, and with --batch-invariant or on a CPU never
-    the images. By default 64 on a GPU and 16 on a CPU.
+    the images. By default 64 on a GPU and 16 on a CPU (a diffusion model: 32, and on a CPU always 1).
     """
-    page_size: int = 16
-    """Slots of a cache page, a power of two; never changes the images."""
+    page_size: int | None = None
+    """Transformer: slots of a cache page, a power of two; never changes the images. By default 16."""
     pages: int | None = None
-    """Pages of the cache (of each process); by default as many as needed, within free memory."""
+    """Transformer: pages of the cache (of each process); by default as many as needed, within free memory."""
     threads: int | None = None
     """CPU threads; by default torch's choice."""
     pin: bool = False
-    """Bind each of the CPU decoder's threads to a processor; for machines that do nothing else."""
+    """Transformer: bind each of the CPU decoder's threads to a processor; for machines that do nothing else."""
 
     def run(self, progress: Progress) -> dict[str, object]:
         import torch
 
+        from retinar.bench.baselines.iddpm.checkpoint import is_iddpm
         from retinar.engine.errors import InputError
-        from retinar.engine.generate import generate_folder, make_here
-        from retinar.engine.request import SamplingParams
-        from retinar.engine.shards import Shards, Source
 
         if self.count < 1:
             raise InputError(f"count must be at least 1, got {self.count}; ask for some images")
@@ -86,37 +98,85 @@ class Generate:
                 raise InputError(f"threads must be at least 1, got {self.threads}; leave it out for the default")
             torch.set_num_threads(self.threads)
         devices = self._devices(torch.cuda.device_count())
+        summary = (self._diffusion if is_iddpm(self.model, self.config) else self._transformer)(devices, progress)
+        return summary | {"sheet": str(self.out / "sheet.png")}
+
+    def _transformer(self, devices: list[str], progress: Progress) -> dict[str, object]:
+        from retinar.engine.generate import generate_folder, make_here
+        from retinar.engine.request import SamplingParams
+        from retinar.engine.shards import Shards, Source
+
+        self._refuse("a transformer", *DIFFUSION)
+        params = self._given("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval")
         # what can be refused is refused before a checkpoint of gigabytes is read
-        SamplingParams(self.cfg_scale, self.temperature, self.top_k, self.top_p, self.cfg_interval)
+        SamplingParams(**params)
         source = Source(self.model, self.tokenizer, self.config, self.dtype, self.batch_invariant, self.pin)
         sampler = source.load(devices[0])
-        labels = [name.strip() for text in self.label for name in text.split(",") if name.strip()] or list(
-            sampler.classes
-        )
-        if not labels:
-            raise InputError(f"{self.model} names no classes; say which class numbers to make with --label")
-        summary = generate_folder(
+        return generate_folder(
             sampler,
             self.out,
-            [(label, self.count) for label in labels],
+            self._labels(sampler.classes),
+            **params,
+            **self._given("max_images", "page_size", "pages"),
             seed=self.seed,
-            cfg_scale=self.cfg_scale,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            cfg_interval=self.cfg_interval,
             start_index=self.start_index,
             npz=self.npz,
-            max_images=self.max_images,
-            page_size=self.page_size,
-            pages=self.pages,
             model=self.model,
             tokenizer=self.tokenizer,
             config=self.config,
             make=make_here if len(devices) == 1 else Shards(source, devices),
             progress=progress,
         )
-        return summary | {"sheet": str(self.out / "sheet.png")}
+
+    def _diffusion(self, devices: list[str], progress: Progress) -> dict[str, object]:
+        from retinar.bench.baselines.iddpm.generate import generate_folder
+        from retinar.bench.baselines.iddpm.sampler import DiffusionParams, IDDPMSampler
+        from retinar.engine.errors import InputError
+
+        self._refuse("a diffusion model", *TRANSFORMER)
+        if len(devices) > 1:
+            raise InputError(f"--gpus {self.gpus} is for a transformer's checkpoint; leave it out for {self.model}")
+        DiffusionParams(**self._given("cfg_scale", "steps", "sampler", "eta"))
+        sampler = IDDPMSampler.from_pretrained(
+            self.model, devices[0], self.dtype, config=self.config, batch_invariant=self.batch_invariant
+        )
+        params = self._given("cfg_scale", "steps", "eta", "max_images")
+        if self.sampler is not None:
+            params["method"] = self.sampler
+        return generate_folder(
+            sampler,
+            self.out,
+            self._labels(sampler.classes),
+            **params,
+            seed=self.seed,
+            start_index=self.start_index,
+            npz=self.npz,
+            model=self.model,
+            config=self.config,
+            progress=progress,
+        )
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """The options that were given; functions know the defaults of the others."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _refuse(self, kind: str, *names: str) -> None:
+        """InputError where an option was given that this kind of checkpoint does not know."""
+        from retinar.engine.errors import InputError
+
+        for name in names:
+            if getattr(self, name) not in (None, False):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} means nothing for {kind} such as {self.model}; leave it out")
+
+    def _labels(self, classes: Sequence[str]) -> list[tuple[int | str, int]]:
+        """The labels asked for, or all that there are, each with its count."""
+        from retinar.engine.errors import InputError
+
+        named = [name.strip() for text in self.label for name in text.split(",") if name.strip()]
+        if not named and not classes:
+            raise InputError(f"{self.model} names no classes; say which class numbers to make with --label")
+        return [(label, self.count) for label in named or classes]
 
     def _devices(self, there: int) -> list[str]:
         """What --gpus and --device ask for, where there are so many GPUs."""

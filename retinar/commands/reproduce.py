@@ -13,7 +13,7 @@ from retinar.engine.progress import Progress
 
 @dataclass
 class Reproduce:
-    """Make a generated image again from what its file says, and compare codes and pixels.
+    """Make a generated image again from what its file says, and compare the two.
 
     Example: retinar reproduce images/healthy/000000.png --model runs/gpt/model
     """
@@ -29,6 +29,12 @@ class Reproduce:
     """For upstream files: the size's name or JSON file that generate was given."""
 
     def run(self, progress: Progress) -> dict[str, object]:
+        from retinar.bench.baselines.iddpm import generate as diffusion
+        from retinar.engine.errors import InputError
         from retinar.engine.reproduce import reproduce
 
-        return reproduce(self.file, self.model, self.tokenizer, self.config, progress)
+        if not diffusion.made_by_iddpm(self.file):
+            return reproduce(self.file, self.model, self.tokenizer, self.config, progress)
+        if self.tokenizer is not None:
+            raise InputError(f"{self.file} was made by a diffusion model, without a tokenizer; leave out --tokenizer")
+        return diffusion.reproduce(self.file, self.model, self.config, progress)

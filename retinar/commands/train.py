@@ -1,10 +1,10 @@
-"""retinar train: a tokenizer on photographs, or a transformer on their codes."""
+"""retinar train: a tokenizer on photographs, a transformer on their codes, or the diffusion model beside them."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,19 +16,19 @@ from retinar.engine.progress import Progress
 
 @dataclass
 class Train:
-    """Train a tokenizer on prepared photographs, or a transformer (gpt) on codes, from a recipe.
+    """Train a tokenizer or a diffusion model (iddpm) on prepared photographs, or a transformer (gpt) on codes.
 
     Example: retinar train gpt --recipe fundus-cpu --data codes --tokenizer runs/vq/model --out runs/gpt
     On several GPUs: torchrun --nproc-per-node 8 -m retinar train gpt --set parallel=fsdp ...
     """
 
-    what: Annotated[Literal["tokenizer", "gpt"], tyro.conf.Positional]
+    what: Annotated[Literal["tokenizer", "gpt", "iddpm"], tyro.conf.Positional]
     """What to train."""
     recipe: str | None = None
     """The complete config to start from; with --resume by default the run's own."""
     data: Path | None = None
-    """tokenizer: the folder that `retinar prepare` wrote. gpt: the codes that `retinar encode` wrote (or a folder with
-    train/ and valid/ codes).
+    """tokenizer, iddpm: the folder that `retinar prepare` wrote. gpt: the codes that `retinar encode` wrote (or a
+    folder with train/ and valid/ codes).
     """
     out: Path | None = None
     """The run's folder: config, metrics, checkpoints, and the finished model in model/."""
@@ -67,7 +67,8 @@ class Train:
         if self.data is None or self.out is None:
             missing = "--data" if self.data is None else "--out"
             raise InputError(f"Expected {missing} for training, found none: see `retinar train --help`.")
-        result = self._gpt(config, progress) if self.what == "gpt" else self._tokenizer(config, progress)
+        train = {"gpt": self._gpt, "tokenizer": self._tokenizer, "iddpm": self._iddpm}[self.what]
+        result = train(config, progress)
         return {
             "run": str(self.out),
             "step": result.step,
@@ -80,20 +81,19 @@ class Train:
     def _start(self) -> Any:
         """The config before --set: the recipe's, or the run's own."""
         from retinar.engine.errors import InputError
-        from retinar.train import recipes
-        from retinar.train.config import GPTTrainConfig, TokenizerTrainConfig, from_dict
+        from retinar.train.config import from_dict
         from retinar.train.state import read_run
 
-        known = recipes.GPT_RECIPES if self.what == "gpt" else recipes.TOKENIZER_RECIPES
+        kind, known, recipe = _recipes(self.what)
         if self.recipe is not None:
-            return recipes.gpt_recipe(self.recipe) if self.what == "gpt" else recipes.tokenizer_recipe(self.recipe)
+            return recipe(self.recipe)
         if self.resume and self.out is not None:
             stored = read_run(self.out)
             if stored["task"] != self.what:
                 raise InputError(
                     f"Expected a {self.what} run in {self.out}, found a {stored['task']} run: check --out."
                 )
-            return from_dict(GPTTrainConfig if self.what == "gpt" else TokenizerTrainConfig, stored["config"])
+            return from_dict(kind, stored["config"])
         raise InputError(f"Expected --recipe, found none: known are {', '.join(known)}.")
 
     def _config(self, config: Any) -> dict[str, object]:
@@ -108,7 +108,7 @@ class Train:
         from retinar.train.plan import plan
 
         if self.what != "gpt":
-            raise InputError("Expected --plan with `train gpt` only, found it with `train tokenizer`: leave it out.")
+            raise InputError(f"Expected --plan with `train gpt` only, found it with `train {self.what}`: leave it out.")
         return plan(self._fitted(config), gpus=self.gpus, gpu_memory=self.gpu_memory, progress=progress).to_dict()
 
     def _fitted(self, config: Any) -> Any:
@@ -153,16 +153,24 @@ class Train:
         return result
 
     def _tokenizer(self, config: Any, progress: Progress) -> Any:
-        from retinar.engine.errors import InputError
         from retinar.train.tokenizer import train_tokenizer
 
-        assert self.data is not None and self.out is not None
+        return self._on_photographs(train_tokenizer, config, progress)
+
+    def _iddpm(self, config: Any, progress: Progress) -> Any:
+        from retinar.bench.baselines.iddpm.training import train_iddpm
+
+        return self._on_photographs(train_iddpm, config, progress)
+
+    def _on_photographs(self, train: Callable[..., Any], config: Any, progress: Progress) -> Any:
+        from retinar.engine.errors import InputError
+
         for flag, value in (("--tokenizer", self.tokenizer), ("--valid", self.valid)):
             if value is not None:
                 raise InputError(
-                    f"Expected {flag} with `train gpt` only, found it with `train tokenizer`: leave it out."
+                    f"Expected {flag} with `train gpt` only, found it with `train {self.what}`: leave it out."
                 )
-        return train_tokenizer(
+        return train(
             config,
             self.data,
             self.out,
@@ -171,3 +179,17 @@ class Train:
             max_minutes=self.max_minutes,
             progress=progress,
         )
+
+
+def _recipes(what: str) -> tuple[type, Mapping[str, Any], Callable[[str], Any]]:
+    """Of what is to be trained: the class of its configs, its recipes, and how one is found."""
+    from retinar.train import config, recipes
+
+    if what == "gpt":
+        return config.GPTTrainConfig, recipes.GPT_RECIPES, recipes.gpt_recipe
+    if what == "tokenizer":
+        return config.TokenizerTrainConfig, recipes.TOKENIZER_RECIPES, recipes.tokenizer_recipe
+    from retinar.bench.baselines.iddpm import recipes as diffusion
+    from retinar.bench.baselines.iddpm.train_config import IDDPMTrainConfig
+
+    return IDDPMTrainConfig, diffusion.IDDPM_RECIPES, diffusion.iddpm_recipe

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retinar.bench import baselines, ops
-from retinar.bench.baselines import Absent, attention, liger, plain
+from retinar.bench import ops
+from retinar.bench.baselines import attention, liger, plain
+from retinar.bench.baselines import kernels as baselines
+from retinar.bench.baselines.kernels import Absent
 from retinar.bench.cases import DTYPES, FIRST, LEFT_OUT, SIZES, directions
 from retinar.bench.ops import Measurement
 from retinar.bench.plan import plan

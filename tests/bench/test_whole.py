@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from retinar.bench import baselines, gpu, record, whole
+from retinar.bench import gpu, record, whole
+from retinar.bench.baselines import kernels as baselines
 from retinar.bench.deadline import Deadline
 from retinar.bench.whole import Run
 from retinar.engine.progress import silent

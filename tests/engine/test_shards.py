@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from retinar.engine import children, generate, provenance, shards
+from retinar.engine import children, provenance, shards
 from retinar.engine.children import Child
 from retinar.engine.errors import InputError
 from retinar.engine.generate import Limits, generate_folder
+from retinar.engine.image_folder import items_of
 from retinar.engine.progress import SilentBar, silent
 from retinar.engine.request import SamplingParams
 from retinar.engine.sampler import Sampler
@@ -186,7 +187,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Source, str, shards
 
 def job(out: Path, model: Path, **changes: Any) -> shards.Job:
     sampler = Sampler.from_pretrained(model, device="cpu")
-    items = generate._items(sampler, sampler.requests(["healthy", "npdr"], SamplingParams(), seed=3))
+    items = items_of(sampler.requests(["healthy", "npdr"], SamplingParams(), seed=3), sampler.classes)
     for item in items:
         (out / item.file).parent.mkdir(parents=True, exist_ok=True)
     made = shards.Job(out, items, Limits(2, 16, None), sampler.origin, torch.get_num_threads())

@@ -1,7 +1,8 @@
 """iDDPM, the diffusion model that the transformer is compared with (Nichol & Dhariwal 2021).
 
 ``config`` defines a model, ``unet`` is the network, ``schedule`` and ``diffusion`` the process and its losses,
-``sampling`` and ``guidance`` make images of a class. Checkpoints of improved-diffusion load (``unet.load_weights``).
+``sampling`` and ``guidance`` make images of a class. ``training`` and ``recipes`` train it, ``checkpoint`` keeps it,
+``sampler`` and ``generate`` make folders of images: by the same commands, data and files as the transformer.
 """
 
 from retinar.bench.baselines.iddpm.config import IDDPM_SIZES, IDDPMConfig, iddpm_config

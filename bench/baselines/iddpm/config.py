@@ -147,6 +147,14 @@ _IMAGENET: dict[str, Any] = {
     "channel_mult": (1, 2, 3, 4),
     "attention_resolutions": (16, 8),
 }
+_CPU: dict[str, Any] = {
+    "image_size": 128,
+    "num_channels": 16,
+    "num_res_blocks": 1,
+    "attention_resolutions": (8,),
+    "num_heads": 2,
+    "norm_groups": 8,
+}
 
 IDDPM_SIZES: dict[str, dict[str, Any]] = {
     # For tests and CPUs.
@@ -159,6 +167,15 @@ IDDPM_SIZES: dict[str, dict[str, Any]] = {
         "norm_groups": 8,
         "noise_schedule": "cosine",
     },
+    "iDDPM-cpu": {**_CPU, "channel_mult": (1, 1, 2, 4, 4, 4)},
+    "iDDPM-cpu-wide": {
+        **_CPU,
+        "num_channels": 24,
+        "channel_mult": (1, 1, 2, 4, 6, 8),
+        "num_heads": 4,
+        "noise_schedule": "cosine",
+    },
+    "iDDPM-256-cpu": {**_CPU, "image_size": 256, "channel_mult": (1, 1, 2, 2, 4, 4, 4)},
     # Two classes of photographs: the LSUN recipe at its own size, the ImageNet recipe with a level more.
     "iDDPM-256": {**_LSUN},
     "iDDPM-128": {**_COSINE, "image_size": 128, "channel_mult": (1, 1, 2, 3, 4), "attention_resolutions": (16, 8)},

@@ -7,6 +7,7 @@ Source: Nichol & Dhariwal 2021, section 2 and appendix A.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -115,13 +116,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
-class Stage(nn.ModuleList):
+class Stage(nn.Sequential):
     """Modules in a row; residual blocks also take the embedding."""
 
-    def __init__(self, *modules: nn.Module) -> None:
-        super().__init__(modules)
-
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:  # type: ignore[override]
         for module in self:
             x_BCHW = module(x_BCHW, emb_BE) if isinstance(module, ResBlock) else module(x_BCHW)
         return x_BCHW
@@ -169,6 +167,11 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*modules))
         last = nn.Conv2d(channels, config.out_channels, 3, padding=1)
         self.out = nn.Sequential(Norm(config.norm_groups, channels), nn.SiLU(), _zeroed(last))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What to compile or to shard by itself, in the order of the forward pass."""
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
 
     def _attention(self, side: int, channels: int, heads: int) -> list[nn.Module]:
         return [AttentionBlock(self.config, channels, heads)] if side in self.config.attention_resolutions else []
@@ -225,3 +228,16 @@ def load_weights(model: UNet, weights: Mapping[str, Tensor]) -> None:
                 advice += " (num_classes; null_class false where no row stands for no class)"
             raise InputError(f"Expected {name} of shape {list(own[name].shape)}, found {list(tensor.shape)}: {advice}.")
     model.load_state_dict(weights)
+
+
+@torch.no_grad()
+def start_from(model: UNet, source: UNet) -> None:
+    """Copy ``source``'s weights; a table of other classes stays as initialised, any other difference is an error."""
+    weights, own = source.state_dict(), model.state_dict()
+    table = "label_emb.weight"
+    if table in own and (table not in weights or weights[table].shape != own[table].shape):
+        print(f"starting with new class embeddings ({len(own[table])} rows).", file=sys.stderr)
+        weights[table] = own[table].clone()
+    elif table not in own:
+        weights.pop(table, None)
+    load_weights(model, weights)
