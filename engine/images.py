@@ -61,17 +61,20 @@ def save_npz(path: Path | str, pixels: Iterable[np.ndarray], count: int, height:
             member.write(np.ascontiguousarray(pixels_HWC).tobytes())
 
 
-def sheet(groups: Sequence[tuple[str, int, Sequence[Image.Image]]], footer: str = "") -> Image.Image:
+def sheet(
+    groups: Sequence[tuple[str, int, Sequence[Image.Image]]], footer: str = "", columns: int | None = None
+) -> Image.Image:
     """A contact sheet: for each (title, how many there are, images) a title line and a grid, and ``footer`` at the
     bottom.
 
     At most 8 images a row and 64 a group (8 where there are more than 8 groups; 32 groups); the grid is as square as
-    that allows. Images above 192 pixels are scaled down.
+    that allows, or has so many ``columns``. Images above 192 pixels are scaled down.
     """
     limit = sheet_limit(len(groups))
     shown = [(title, total, list(images)[:limit]) for title, total, images in groups[:SHEET_GROUPS]]
     most = max((len(images) for _, _, images in shown), default=0)
-    columns = max(1, min(SHEET_COLUMNS, math.ceil(math.sqrt(most))))
+    if columns is None:
+        columns = max(1, min(SHEET_COLUMNS, math.ceil(math.sqrt(most))))
     cell = min(SHEET_CELL, max((max(image.size) for _, _, images in shown for image in images), default=SHEET_CELL))
     gap, margin, title_font, note_font = 6, 24, _font(20), _font(13)
     title_height, footer_height = 44, 30 if footer else 0

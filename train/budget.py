@@ -10,10 +10,11 @@ from retinar.train.loop import Task
 from retinar.train.rng import preserved_rng
 
 
-def affordable_steps(minutes: float, seconds: Sequence[tuple[float, float]], most: int) -> int:
+def affordable_steps(minutes: float, seconds: Sequence[tuple[float, float]], most: int | None = None) -> int:
     """Steps that ``minutes`` pay for, from 1 to ``most``; ``seconds``: (share of the steps, seconds a step)."""
     mean = sum(share * cost for share, cost in seconds)
-    return max(1, min(most, int(60.0 * minutes / mean)))
+    steps = max(1, int(60.0 * minutes / mean))
+    return steps if most is None else min(most, steps)
 
 
 def seconds_per_step(task: Task, steps: Sequence[int]) -> float:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from retinar.engine.checkpoint import digest, load_tokenizer
 from retinar.engine.errors import InputError
 from retinar.engine.files import write_json
 from retinar.engine.generate import generate_folder
@@ -55,14 +56,15 @@ VARIANTS = {"gpu": ("vq8-narrow", "fundus-small"), "cpu": ("vq8-cpu", "fundus-cp
 TOKENIZER_SHARE = 0.5
 DISCRIMINATOR_FROM = 0.6
 """Share of the tokenizer's steps made before the discriminator joins."""
-OVERRUN = 1.5
-"""A training that takes so much longer than planned is cut there (the machine became slower)."""
 MAX_RELEASE_BYTES = 25_000_000
 
 
 @dataclass(frozen=True)
 class Release:
-    """What is asked for. ``sets``: ``tokenizer.KEY=VALUE`` and ``gpt.KEY=VALUE``; ``count``: sampled images a class."""
+    """What is asked for. ``sets``: ``tokenizer.KEY=VALUE`` and ``gpt.KEY=VALUE``; ``count``: sampled images a class.
+    ``tokenizer``: one that is trained already; all minutes are the transformer's then. ``overrun``: a training that
+    takes so many times its planned minutes is cut there (the machine became slower). ``stretch``: the minutes are used
+    up, with more steps than the recipes have where there is time for them."""
 
     data: Path
     out: Path
@@ -73,6 +75,14 @@ class Release:
     sets: tuple[str, ...] = ()
     count: int = 8
     cfg_scale: float = 2.0
+    tokenizer: Path | None = None
+    overrun: float = 1.5
+    stretch: bool = False
+
+    @property
+    def tokenizer_minutes(self) -> float:
+        """The tokenizer's part of ``minutes``."""
+        return 0.0 if self.tokenizer is not None else TOKENIZER_SHARE * self.minutes
 
     def overrides(self, part: str) -> list[str]:
         """The changes to the recipe of ``part`` (tokenizer or gpt)."""
@@ -89,17 +99,21 @@ def release(asked: Release, progress: Progress = plain) -> dict[str, Any]:
     tokenizer_name, gpt_name = VARIANTS[asked.variant]
     plan = _open_plan(asked)
 
-    tokenizer_config = _tokenizer_config(asked, tokenizer_name)
-    prepared = _prepared(asked, tokenizer_config.model.image_size, progress)
-    at = asked.out / "tokenizer"
-    if "tokenizer" not in plan["done"]:
-        tokenizer_config = _fit_tokenizer(asked, plan, tokenizer_config, prepared)
-        limit = OVERRUN * TOKENIZER_SHARE * asked.minutes
-        result = train_tokenizer(
-            tokenizer_config, prepared, at, resume=at.exists(), max_minutes=limit, progress=progress
-        )
-        _finish(asked, plan, "tokenizer", result)
-    tokenizer = at / "model"
+    if asked.tokenizer is not None:
+        tokenizer = asked.tokenizer
+        prepared = _prepared(asked, load_tokenizer(tokenizer).config.image_size, progress)
+    else:
+        tokenizer_config = _tokenizer_config(asked, tokenizer_name)
+        prepared = _prepared(asked, tokenizer_config.model.image_size, progress)
+        at = asked.out / "tokenizer"
+        if "tokenizer" not in plan["done"]:
+            tokenizer_config = _fit_tokenizer(asked, plan, tokenizer_config, prepared)
+            limit = asked.overrun * asked.tokenizer_minutes
+            result = train_tokenizer(
+                tokenizer_config, prepared, at, resume=at.exists(), max_minutes=limit, progress=progress
+            )
+            _finish(asked, plan, "tokenizer", result)
+        tokenizer = at / "model"
 
     splits = [split for split in ("train", "valid") if (prepared / split).is_dir()]
     for split in splits:
@@ -109,7 +123,7 @@ def release(asked: Release, progress: Progress = plain) -> dict[str, Any]:
     at = asked.out / "gpt"
     if "gpt" not in plan["done"]:
         gpt_config = _fit_gpt(asked, plan, recipes.gpt_recipe(gpt_name), codes)
-        limit = OVERRUN * (1 - TOKENIZER_SHARE) * asked.minutes
+        limit = asked.overrun * (asked.minutes - asked.tokenizer_minutes)
         result = train_gpt(
             gpt_config,
             codes,
@@ -150,7 +164,9 @@ def release(asked: Release, progress: Progress = plain) -> dict[str, Any]:
 def _open_plan(asked: Release) -> dict[str, Any]:
     """What OUT/plan.json holds, begun here: steps chosen and stages done. InputError when it is of another release."""
     file = asked.out / "plan.json"
-    wanted = {"format": 1, "variant": asked.variant, "sets": list(asked.sets)}
+    wanted: dict[str, Any] = {"format": 1, "variant": asked.variant, "sets": list(asked.sets)}
+    if asked.tokenizer is not None:
+        wanted["tokenizer"] = digest(asked.tokenizer)
     if file.exists():
         try:
             plan = json.loads(file.read_text(encoding="utf-8"))
@@ -159,7 +175,8 @@ def _open_plan(asked: Release) -> dict[str, Any]:
             same = False
         if not same:
             raise InputError(
-                f"Expected a plan with the same --variant and --set in {file}, found another: choose another --out."
+                f"Expected a plan with the same --variant, --tokenizer and --set in {file}, found another: choose "
+                "another --out."
             )
         return plan
     if asked.out.is_dir() and any(asked.out.iterdir()):
@@ -200,7 +217,8 @@ def _fit_tokenizer(
     """``config`` with the number of steps that the time allows."""
 
     def measure() -> int:
-        most = config.total_steps(len(images))
+        recipe_steps = config.total_steps(len(images))
+        most = None if asked.stretch else recipe_steps
         parts = [(config, 1.0)]
         if config.disc_weight > 0:
             joined = dataclasses.replace(config, disc_start=1)
@@ -210,9 +228,9 @@ def _fit_tokenizer(
         costs = []
         for part, share in parts:
             model = VQTokenizer(config.model).to(device)
-            task = TokenizerTask(model, part, images, steps=most, perceptual=perceptual)
+            task = TokenizerTask(model, part, images, steps=recipe_steps, perceptual=perceptual)
             costs.append((share, seconds_per_step(task, range(first, first + 6))))
-        return affordable_steps(TOKENIZER_SHARE * asked.minutes, costs, most)
+        return affordable_steps(asked.tokenizer_minutes, costs, most)
 
     images = ImageSet(prepared, "train", size=config.model.image_size)
     device = pick_device(config.device)
@@ -237,9 +255,10 @@ def _fit_gpt(asked: Release, plan: dict[str, Any], recipe: GPTTrainConfig, folde
     def measure() -> int:
         with device:
             model = GPT(config.model)
-        most = config.total_steps(len(codes))
-        cost = seconds_per_step(GPTTask(model, config, codes, steps=most), range(5))
-        return affordable_steps((1 - TOKENIZER_SHARE) * asked.minutes, [(1.0, cost)], most)
+        recipe_steps = config.total_steps(len(codes))
+        most = None if asked.stretch else recipe_steps
+        cost = seconds_per_step(GPTTask(model, config, codes, steps=recipe_steps), range(5))
+        return affordable_steps(asked.minutes - asked.tokenizer_minutes, [(1.0, cost)], most)
 
     codes = CodeSet(folder)
     config = apply_overrides(fit_to_codes(recipe, codes), [f"device={asked.device}", *asked.overrides("gpt")])
@@ -283,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--variant", choices=sorted(VARIANTS), help="default: gpu where there is one, else cpu")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--minutes", type=float, default=25.0, help="for the two trainings together (25)")
+    add("--tokenizer", type=Path, help="one that is trained already, in the place of a training")
     add("--perceptual-weights", help="VGG16's weights: safetensors with features.N.*, or torchvision's .pth")
     add("--set", nargs="*", default=[], metavar="PART.KEY=VALUE", help="tokenizer.KEY=VALUE or gpt.KEY=VALUE")
     add("--count", type=int, default=8, help="images of each class in the samples (8)")
@@ -304,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sets=tuple(flags.set),
             count=flags.count,
             cfg_scale=flags.cfg_scale,
+            tokenizer=flags.tokenizer,
         )
         print(json.dumps(release(asked), default=str))
     except (InputError, OSError) as error:
