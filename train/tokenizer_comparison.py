@@ -24,7 +24,7 @@ from retinar.engine.errors import InputError
 from retinar.engine.files import atomic_write, write_json, write_text
 from retinar.engine.metrics.evaluation import ALL, Classes, score_classes
 from retinar.engine.metrics.features import FeatureStore
-from retinar.engine.metrics.fid import real_floor
+from retinar.engine.metrics.floor import real_floor
 from retinar.engine.metrics.folders import open_folder, read_image, thin
 from retinar.engine.metrics.inception import load_inception
 from retinar.engine.metrics.reconstruction import Tally, fit, reconstruct
@@ -88,7 +88,7 @@ def compare(
                     for name, tokenizer in tokenizers.items():
                         _add(seen[name][label], tokenizer, np.stack(originals), perceptual, store)
                 bar.advance(len(files[first : first + BATCH]))
-        if any(len(classes[label].tally.psnr) < 2 for classes in seen.values()):
+        if any(len(classes[label].tally) < 2 for classes in seen.values()):
             raise InputError(f"Expected at least 2 readable photographs of {label} in {folder}, found fewer: add some.")
         if store is not None:
             real[label] = np.concatenate(features)

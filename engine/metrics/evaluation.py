@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from retinar.engine.errors import InputError
+from retinar.engine.metrics.bootstrap import fits
 from retinar.engine.metrics.features import FeatureStore
-from retinar.engine.metrics.fid import METRICS, Floor, real_floor
 from retinar.engine.metrics.folders import ImageFolder, open_folder, thin
 from retinar.engine.metrics.inception import FEATURES, check_mode
-
-ALL = "all"
-Classes = dict[str, np.ndarray]
-"""Class name -> fp32 [n, 2048] features; the single class ALL where a folder has no subfolders."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Every metric of one class (or of ALL together) in one mode, beside the counts it rests on."""
-
-    label: str
-    mode: str
-    n_real: int
-    n_fake: int
-    metrics: dict[str, float]
-    floor: dict[str, Floor] = field(default_factory=dict)
+from retinar.engine.metrics.scores import ALL, Classes, Score, check_metrics, score_classes
+from retinar.engine.metrics.screening import GREY, SIZE, screen
 
 
 @dataclass
 class Evaluation:
-    """All scores of a pair of folders; ``skipped`` lists unreadable files, ``warnings`` what limits the figures."""
+    """All scores of a pair of folders; ``skipped`` lists the files left out, ``warnings`` what limits the figures."""
 
     real: str
     fake: str
@@ -50,16 +36,6 @@ class Evaluation:
         return next(score for score in self.scores if (score.label, score.mode) == (label, mode))
 
 
-def check_metrics(names: Sequence[str]) -> list[str]:
-    """The names, checked against the registry."""
-    for name in names:
-        if name not in METRICS:
-            raise InputError(f"Expected metrics among {', '.join(METRICS)}, found {name!r}: name those.")
-    if not names:
-        raise InputError(f"Expected at least one metric among {', '.join(METRICS)}, found none: name one.")
-    return list(dict.fromkeys(names))
-
-
 def evaluate_folders(
     real: Path | str,
     fake: Path | str,
@@ -71,15 +47,21 @@ def evaluate_folders(
     floor_from: Path | str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    bootstrap: int = 0,
 ) -> Evaluation:
     """Score ``fake`` against ``real``, per class where both have class subfolders, and overall.
 
     Overall means all images of the common classes together. ``floor`` adds the real-against-real figure at the fakes'
-    count (see ``real_floor``), with samples from ``floor_from`` where that is given, else from ``real`` itself.
-    ``limit`` takes that many images a class, evenly spaced. Raises InputError for missing, empty or unlike folders and
-    where fewer than two images of a side can be read.
+    count (see ``real_floors``), with samples from ``floor_from`` where that is given, else from ``real`` itself.
+    ``limit`` takes that many images a class, evenly spaced. ``bootstrap`` is the number of half samples behind the 95 %
+    intervals (200 do; see ``bootstrap``), ``seed`` draws them and the floor's samples. Files that cannot be read and
+    images of another kind than their folder's (see ``screen``) are left out and named. Raises InputError for missing,
+    empty or unlike folders and where a side keeps fewer than two images (seven for precision, recall, density and
+    coverage).
     """
     names = check_metrics(metrics)
+    if bootstrap < 0 or bootstrap == 1:
+        raise InputError(f"Expected 2 draws or more for intervals, or 0 for none, found {bootstrap}: 200 do.")
     modes = [check_mode(mode) for mode in dict.fromkeys(modes)]
     folders = {"real": open_folder(real), "fake": open_folder(fake)}
     if floor_from is not None:
@@ -92,17 +74,13 @@ def evaluate_folders(
     ]
     labels = common_classes(folders, result.warnings)
     sides = {side: _files(folder, labels, limit) for side, folder in folders.items()}
-    skipped: dict[Path, str] = {}
+    skipped: dict[str, dict[Path, str]] = {}
     for mode in modes:
         read: dict[str, Classes] = {}
         for side, classes in sides.items():
-            features = {
-                label: store.of_files(files, mode, f"{mode} features of {folders[side].root.name}/{label}")
-                for label, files in classes.items()
-            }
-            skipped.update(pair for found in features.values() for pair in found.skipped)
-            read[side] = {label: found.array for label, found in features.items()}
-            check_counts(read[side], folders[side].root, skipped)
+            read[side], skipped[side], said = read_side(store, folders[side], classes, mode)
+            result.warnings += [] if mode != modes[0] else said
+            check_counts(read[side], folders[side].root, skipped[side])
         result.scores += score_classes(
             read["real"],
             read["fake"],
@@ -112,10 +90,31 @@ def evaluate_folders(
             pool=read.get("floor"),
             pool_name=str(floor_from) if floor_from is not None else str(real),
             seed=seed,
+            bootstrap=bootstrap,
+            progress=store.progress,
         )
-    result.skipped = [{"file": str(path), "reason": reason} for path, reason in sorted(skipped.items())]
-    result.warnings += cautions(result, store)
+    gone = {path: reason for each in skipped.values() for path, reason in each.items()}
+    result.skipped = [{"file": str(path), "reason": reason} for path, reason in sorted(gone.items())]
+    result.warnings += cautions(result, store, bootstrap, len(skipped["fake"]))
     return result
+
+
+def read_side(
+    store: FeatureStore, folder: ImageFolder, classes: Mapping[str, Sequence[Path]], mode: str
+) -> tuple[Classes, dict[Path, str], list[str]]:
+    """(features of the images to score by class, file -> reason of those left out, warnings) of one folder."""
+    found = {
+        label: store.of_files(files, mode, f"{mode} features of {folder.root.name}/{label}")
+        for label, files in classes.items()
+    }
+    looks = {path: look for each in found.values() for path, look in zip(each.files, each.looks, strict=True)}
+    screened = screen(looks, folder.root)
+    kept = {
+        label: each.array[np.array([path not in screened.left_out for path in each.files], bool)]
+        for label, each in found.items()
+    }
+    unread = {path: reason for each in found.values() for path, reason in each.skipped}
+    return kept, unread | screened.left_out, screened.warnings
 
 
 def common_classes(folders: Mapping[str, ImageFolder], warnings: list[str]) -> list[str]:
@@ -144,41 +143,11 @@ def check_counts(classes: Classes, root: Path, skipped: Mapping[Path, str]) -> N
     for label, rows in classes.items():
         if len(rows) < 2:
             name = root if label == ALL else root / label
-            bad = next((f"; {path.name}: {why}" for path, why in skipped.items() if path.is_relative_to(name)), "")
+            bad = next((f" ({path.name}: {why})" for path, why in skipped.items() if path.is_relative_to(name)), "")
             raise InputError(f"Expected at least 2 readable images in {name}, found {len(rows)}{bad}: add images.")
 
 
-def score_classes(
-    real: Classes,
-    fake: Classes,
-    *,
-    metrics: Sequence[str] = ("fid",),
-    mode: str = "clean",
-    floor: bool = False,
-    pool: Classes | None = None,
-    pool_name: str = "",
-    seed: int = 0,
-) -> list[Score]:
-    """Scores of features by class, then of all classes together (the label ALL; last)."""
-    groups = [[label] for label in real if label != ALL]
-    if len(groups) != 1:
-        groups.append(list(real))
-    scores = []
-    for group in groups:
-        reals, fakes = [real[label] for label in group], [fake[label] for label in group]
-        pools = [pool[label] for label in group] if pool is not None else None
-        values, floors = {}, {}
-        for name in metrics:
-            values[name] = METRICS[name](np.concatenate(reals), np.concatenate(fakes))
-            if floor:
-                counts = [len(rows) for rows in fakes]
-                floors[name] = real_floor(reals, counts, pools, METRICS[name], seed=seed, source=pool_name)
-        counts_of = [sum(len(rows) for rows in side) for side in (reals, fakes)]
-        scores.append(Score(group[0] if len(group) == 1 else ALL, mode, counts_of[0], counts_of[1], values, floors))
-    return scores
-
-
-def cautions(result: Evaluation, store: FeatureStore) -> list[str]:
+def cautions(result: Evaluation, store: FeatureStore, bootstrap: int, fakes_left_out: int) -> list[str]:
     """What a reader of the figures should know."""
     said = []
     if not store.inception.is_2015:
@@ -189,8 +158,7 @@ def cautions(result: Evaluation, store: FeatureStore) -> list[str]:
             f"fewer than {FEATURES:,} images ({', '.join(dict.fromkeys(few))}): FID is biased upwards and depends on "
             "the count; compare only at equal counts, and with the floor"
         )
-    if result.skipped:
-        said.append(f"{len(result.skipped)} files could not be read and are left out")
+    said += left_out(result.skipped, fakes_left_out)
     by_class = {score.label: score for score in result.scores if score.label != ALL}
     if len(by_class) > 1:
         totals = [sum(getattr(score, side) for score in by_class.values()) for side in ("n_real", "n_fake")]
@@ -200,7 +168,27 @@ def cautions(result: Evaluation, store: FeatureStore) -> list[str]:
             said.append(f"the class shares differ ({text}), which the overall figure includes")
     if any(found.n_sample < score.n_fake for score in result.scores for found in score.floor.values()):
         said.append("there are too few real images for a floor at the fakes' count: its own count stands beside it")
-    return said
+    if bootstrap:
+        for score in result.scores:
+            if missing := [name for name in score.metrics if name not in score.intervals]:
+                why = "too few images" if fits(score.n_real, score.n_fake) else "too many images for this memory"
+                said.append(f"no interval for {', '.join(missing)} of {score.label}: {why}")
+    for score in result.scores:
+        if score.floor and (missing := [name for name in score.metrics if name not in score.floor]):
+            said.append(f"no floor for {', '.join(missing)} of {score.label}: too few real images")
+    return list(dict.fromkeys(said))
+
+
+def left_out(skipped: Sequence[Mapping[str, str]], fakes: int) -> Iterator[str]:
+    """How many files are left out, by kind."""
+    grey = sum(each["reason"] == GREY for each in skipped)
+    sizes = sum(each["reason"].startswith(SIZE) for each in skipped)
+    kinds = {"could not be read": len(skipped) - grey - sizes, "greyscale": grey, "of a wrong size": sizes}
+    if skipped:
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        yield f"{len(skipped)} of the files are left out: {listed}"
+    if fakes:
+        yield f"{fakes} of the scored images are left out: where a generator made them, that flatters it"
 
 
 def _few(score: Score) -> bool:

@@ -17,6 +17,7 @@ import torch
 from retinar.engine.errors import InputError
 from retinar.engine.metrics.folders import read_image
 from retinar.engine.metrics.inception import FEATURES, INSTALL, SIZE, Inception, check_mode
+from retinar.engine.metrics.screening import Look
 from retinar.engine.progress import Progress, silent
 
 T = TypeVar("T")
@@ -44,44 +45,52 @@ def resizer(mode: str) -> Resizer:
 
 @dataclass
 class Features:
-    """fp32 [n, 2048], row i of ``files[i]``; ``skipped`` holds (file, reason) of what could not be read."""
+    """fp32 [n, 2048], row i of ``files[i]``, which looked like ``looks[i]``; ``skipped`` holds (file, reason) of what
+    could not be read.
+    """
 
     array: np.ndarray
     files: tuple[Path, ...]
     skipped: tuple[tuple[Path, str], ...] = ()
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass
 class FeatureStore:
-    """Features by network, remembered per (mode, file) for as long as the store lives."""
+    """Features by network, remembered per (mode, file), mirrored or not, for as long as the store lives."""
 
     inception: Inception
     batch_size: int = 0
     """Images at a time; 0 is the device's own."""
     progress: Progress = silent
-    _rows: dict[tuple[str, Path], np.ndarray] = field(default_factory=dict, repr=False)
+    _rows: dict[tuple[str, bool, Path], np.ndarray] = field(default_factory=dict, repr=False)
     _skipped: dict[Path, str] = field(default_factory=dict, repr=False)
+    _looks: dict[Path, Look] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.batch_size = self.batch_size or BATCH.get(self.inception.device.type, 8)
 
-    def of_files(self, files: Sequence[Path], mode: str = "clean", label: str = "Inception features") -> Features:
-        """Features in the order of ``files``, without those that cannot be read."""
-        fresh = [path for path in files if (mode, path) not in self._rows and path not in self._skipped]
+    def of_files(
+        self, files: Sequence[Path], mode: str = "clean", label: str = "Inception features", *, mirrored: bool = False
+    ) -> Features:
+        """Features in the order of ``files``, without those that cannot be read; ``mirrored``: left and right swap."""
+        fresh = [path for path in files if (mode, mirrored, path) not in self._rows and path not in self._skipped]
         if fresh:
             resize, workers = resizer(mode), min(8, os.cpu_count() or 1)
             with self.progress(label, len(fresh)) as bar, ThreadPoolExecutor(workers) as pool:
-                load = _Loader(resize)
+                load = _Loader(resize, mirrored)
                 for batch in _batches(_ahead(pool, load, fresh, 2 * self.batch_size), self.batch_size):
-                    good = [(path, pixels) for path, pixels, _ in batch if pixels is not None]
-                    self._skipped.update({path: reason for path, pixels, reason in batch if pixels is None})
-                    for (path, _), row in zip(good, self._run([pixels for _, pixels in good], mode), strict=True):
-                        self._rows[mode, path] = row
+                    self._skipped.update({path: read for path, read in batch if isinstance(read, str)})
+                    good = [(path, read) for path, read in batch if not isinstance(read, str)]
+                    rows = self._run([read.pixels for _, read in good], mode)
+                    for (path, read), row in zip(good, rows, strict=True):
+                        self._rows[mode, mirrored, path], self._looks[path] = row, read.look
                     bar.advance(len(batch))
-        read = tuple(path for path in files if path not in self._skipped)
-        rows = [self._rows[mode, path] for path in read]
+        known = tuple(path for path in files if path not in self._skipped)
+        array = [self._rows[mode, mirrored, path] for path in known]
         skipped = tuple((path, self._skipped[path]) for path in files if path in self._skipped)
-        return Features(np.stack(rows) if rows else np.zeros((0, FEATURES), np.float32), read, skipped)
+        looks = tuple(self._looks[path] for path in known)
+        return Features(np.stack(array) if array else np.zeros((0, FEATURES), np.float32), known, skipped, looks)
 
     def of_arrays(self, images: Iterable[np.ndarray], mode: str = "clean") -> np.ndarray:
         """fp32 [n, 2048] of images [H, W, 3] in uint8, of any size; read one batch at a time, not remembered."""
@@ -97,19 +106,28 @@ class FeatureStore:
 
 
 @dataclass(frozen=True)
+class _Read:
+    """fp32 [299, 299, 3] pixels, and what the image was before."""
+
+    pixels: np.ndarray
+    look: Look
+
+
+@dataclass(frozen=True)
 class _Loader:
-    """Reads and resizes one file; a failure is a value, so that one bad file costs one file."""
+    """Reads and resizes one file; a failure is a value (its reason), so that one bad file costs one file."""
 
     resize: Resizer
+    mirrored: bool = False
 
-    def __call__(self, path: Path) -> tuple[Path, np.ndarray | None, str]:
+    def __call__(self, path: Path) -> tuple[Path, _Read | str]:
         try:
             pixels = read_image(path)
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
-            return path, None, str(error) or type(error).__name__
-        resized = self.resize(pixels)
+            return path, str(error) or type(error).__name__
+        resized = self.resize(np.ascontiguousarray(pixels[:, ::-1]) if self.mirrored else pixels)
         assert resized.shape == (SIZE, SIZE, 3)
-        return path, resized, ""
+        return path, _Read(resized, Look.of(pixels))
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:

@@ -133,16 +133,87 @@ def test_bad_files_are_named_and_left_out(sides: tuple[Path, Path], store: Featu
     assert all(each["reason"] for each in found.skipped)
     assert found.score("healthy").n_fake == 12
     assert found.score("healthy").metrics["fid"] == pytest.approx(expected, abs=1e-9)
-    assert any("4 files could not be read" in note for note in found.warnings)
+    assert any("4 of the files are left out: 4 could not be read" in note for note in found.warnings)
 
 
 def test_sizes_and_kinds_may_differ(sides: tuple[Path, Path], store: FeatureStore) -> None:
     folder = sides[0] / "healthy"
     Image.open(folder / "000.png").resize((130, 70)).save(folder / "000.png")
-    Image.open(folder / "001.png").convert("L").save(folder / "001.png")
     Image.open(folder / "002.png").convert("RGBA").save(folder / "002.png")
     found = evaluate_folders(*sides, store)
     assert not found.skipped and found.score("healthy").n_real == 20
+    (note,) = [note for note in found.warnings if "scored resized" in note]
+    assert "1 of 40 images" in note and "are not 48 x 48" in note and "000.png (130 x 70)" in note
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_corrupted_grey_and_wrongly_sized_files_leave_the_figures_as_they_were(
+    sides: tuple[Path, Path], store: FeatureStore, side: int
+) -> None:
+    everything = {"metrics": ("all",), "floor": True, "bootstrap": 5, "modes": ("clean", "legacy")}
+    expected = evaluate_folders(*sides, store, **everything)  # type: ignore[arg-type]
+    folder = sides[0] / "npdr" if side == 0 else sides[1] / "images" / "npdr"
+    picture = Image.open(folder / "003.png")
+    (folder / "a_truncated.png").write_bytes((folder / "003.png").read_bytes()[:400])
+    picture.convert("L").save(folder / "b_grey.png")
+    picture.convert("L").convert("RGB").save(folder / "c_grey_in_colour.jpg")
+    picture.convert("1").save(folder / "d_binary.png")
+    picture.resize((20, 20)).save(folder / "e_thumbnail.png")
+    picture.resize((150, 60)).save(folder / "f_strip.png")
+    found = evaluate_folders(*sides, store, **everything)  # type: ignore[arg-type]
+    assert found.scores == expected.scores
+    named = {Path(each["file"]).name: each["reason"] for each in found.skipped}
+    assert list(named) == [path.name for path in sorted(folder.iterdir()) if path.name[1] == "_"]
+    grey = "greyscale, not a colour photograph"
+    assert [named[name] for name in sorted(named)][1:4] == [grey] * 3
+    assert "20 x 20" in named["e_thumbnail.png"] and "longer than 2:1" in named["f_strip.png"]
+    said = "6 of the files are left out: 1 could not be read, 3 greyscale, 2 of a wrong size"
+    assert found.warnings.count(said) == 1
+    assert any("flatters" in note for note in found.warnings) == (side == 1)
+
+
+def test_a_folder_of_grey_images_is_scored_with_a_warning(
+    sides: tuple[Path, Path], store: FeatureStore, tmp_path: Path
+) -> None:
+    for path in sorted((sides[1] / "images").rglob("*.png")):
+        Image.open(path).convert("L").save(path)
+    found = evaluate_folders(*sides, store)
+    assert not found.skipped and found.score("npdr").n_fake == 12
+    assert any("greyscale images only" in note for note in found.warnings)
+
+
+def test_one_good_file_is_one_sentence(sides: tuple[Path, Path], store: FeatureStore) -> None:
+    folder = sides[1] / "images" / "npdr"
+    for path in sorted(folder.glob("*.png"))[1:]:
+        Image.open(path).convert("L").save(path)
+    with pytest.raises(InputError, match=r"at least 2 readable.*npdr, found 1 \(001.png: greyscale, not a colour"):
+        evaluate_folders(*sides, store)
+
+
+def test_every_metric_has_floor_and_interval_beside_its_counts(sides: tuple[Path, Path], store: FeatureStore) -> None:
+    for label in ("healthy", "npdr"):
+        paint(sides[0] / label, 32, 5)
+        paint(sides[1] / "images" / label, 16, 6, tint=40)
+    found = evaluate_folders(*sides, store, metrics=("all",), floor=True, bootstrap=20)
+    for score in found.scores:
+        assert list(score.metrics) == ["fid", "kid", "precision", "recall", "density", "coverage"]
+        assert list(score.floor) == list(score.intervals) == list(score.metrics)
+        assert {floor.n_sample for floor in score.floor.values()} == {score.n_fake}
+        assert all(low <= score.metrics[name] <= high for name, (low, high) in score.intervals.items())
+        assert score.metrics["precision"] < score.floor["precision"].mean
+        assert score.metrics["kid"] > score.floor["kid"].mean
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["scores"][0]["intervals"]["fid"] == list(found.scores[0].intervals["fid"])
+    assert found.scores == evaluate_folders(*sides, store, metrics=("all",), floor=True, bootstrap=20).scores
+
+
+def test_figures_that_the_images_are_too_few_for_are_named(sides: tuple[Path, Path], store: FeatureStore) -> None:
+    found = evaluate_folders(*sides, store, metrics=("all",), floor=True, bootstrap=5, limit=8)
+    assert list(found.score("npdr").floor) == list(found.score("npdr").intervals) == ["fid", "kid"]
+    assert "no interval for precision, recall, density, coverage of npdr: too few images" in found.warnings
+    assert "no floor for precision, recall, density, coverage of npdr: too few real images" in found.warnings
+    with pytest.raises(InputError, match="at least 7 images on each side for precision"):
+        evaluate_folders(*sides, store, metrics=("prdc",), limit=6)
 
 
 def test_limit_takes_as_many_of_each_class(sides: tuple[Path, Path], store: FeatureStore) -> None:
@@ -178,6 +249,7 @@ def drop_all(folder: Path) -> None:
         (lambda fake: None, {"metrics": ("fid", "fod")}, "'fod'"),
         (lambda fake: None, {"metrics": ()}, "at least one metric"),
         (lambda fake: None, {"modes": ("tidy",)}, "'tidy'"),
+        (lambda fake: None, {"bootstrap": 1}, "2 draws or more"),
         (lambda fake: None, {"floor_from": "nowhere"}, "nowhere"),
     ],
 )

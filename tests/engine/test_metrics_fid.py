@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retinar.engine.errors import InputError
-from retinar.engine.metrics.fid import Floor, frechet_distance, real_floor
+from retinar.engine.metrics.fid import frechet_distance
+from retinar.engine.metrics.floor import Floor, real_floor
 
 
 def features(n: int, dim: int, seed: int, decay: float = 1.0) -> np.ndarray:

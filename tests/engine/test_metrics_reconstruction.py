@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,10 @@ from retinar.engine.errors import InputError
 from retinar.engine.metrics.features import FeatureStore
 from retinar.engine.metrics.inception import Inception
 from retinar.engine.metrics.reconstruction import Tally, evaluate_reconstruction, fit, reconstruct
+from retinar.engine.metrics.ssim import ssim
 
+if find_spec("torchmetrics") is None:
+    pytest.skip("the package torchmetrics is missing (pip install 'retinar[metrics]')", allow_module_level=True)
 SIZE = 16
 
 
@@ -62,6 +66,7 @@ def photographs_folder(tmp_path: Path) -> Path:
         (tmp_path / label).mkdir()
         for index in range(count):
             pixels = np.kron(rng.integers(0, 256, (2, 2, 1), np.uint8), np.ones((8, 8, 3), np.uint8))
+            pixels[0, 0, 2] ^= 1  # in colour
             Image.fromarray(pixels).save(tmp_path / label / f"{index}.png")
     return tmp_path
 
@@ -72,6 +77,7 @@ def test_a_perfect_tokenizer_loses_nothing(photographs_folder: Path, store: Feat
     for each in found:
         assert (each.l1, each.codes_used, each.codebook_size) == (0.0, 2, 8)
         assert each.psnr == pytest.approx(100) and each.perplexity == pytest.approx(2)
+        assert each.ssim == pytest.approx(1) and each.lpips is None
         assert set(each.rfid) == {"clean", "legacy"} and max(each.rfid.values()) < 1e-6
 
 
@@ -99,7 +105,9 @@ def test_without_a_store_there_is_no_rfid(photographs_folder: Path) -> None:
 
 def test_bad_files_and_other_sizes(photographs_folder: Path) -> None:
     (photographs_folder / "npdr" / "bad.png").write_bytes(b"x")
-    Image.new("RGB", (40, 25)).save(photographs_folder / "npdr" / "wide.png")
+    Image.new("RGB", (40, 25), (1, 2, 3)).save(photographs_folder / "npdr" / "wide.png")
+    Image.new("L", (16, 16)).save(photographs_folder / "npdr" / "grey.png")
+    Image.new("RGB", (7, 7), (1, 2, 3)).save(photographs_folder / "npdr" / "small.png")
     assert evaluate_reconstruction(photographs_folder / "npdr", Grey())[0].images == 5
     for path in (photographs_folder / "healthy").glob("*.png"):
         path.write_bytes(b"x")
@@ -123,6 +131,70 @@ def test_tallies_add_up() -> None:
     both = (one + other).result("all", {})
     assert (both.images, both.l1, both.psnr, both.codes_used) == (2, 0.5, 50.0, 3)
     assert both.perplexity == pytest.approx(np.exp(0.5 * np.log(2) + 0.5 * np.log(4)))
+    assert both.ssim is None and both.lpips is None  # smaller than its window, and not asked for
+    assert both.intervals["psnr"] == pytest.approx((50 - 1.96 * 50, 50 + 1.96 * 50), rel=1e-3)
+
+
+def by_definition(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang et al. 2004, section III.B, one window after another; Gaussian weights from the formula."""
+    line = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    weights = np.outer(line, line) / line.sum() ** 2
+    values = []
+    for channel in range(3):
+        for top in range(x.shape[0] - 10):
+            for left in range(x.shape[1] - 10):
+                a, b = (each[top : top + 11, left : left + 11, channel].astype(float) for each in (x, y))
+                mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+                var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+                both = (weights * (a - mean_a) * (b - mean_b)).sum()
+                c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+                index = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+                values.append(index / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("shape", [(11, 11), (24, 17), (31, 40)])
+def test_ssim_equals_the_papers_formula(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    smooth = np.add.outer(np.arange(shape[0]), np.arange(shape[1]))[..., None] * [3, 2, 1]
+    x = (smooth + rng.integers(0, 30, (*shape, 3))).clip(0, 255).astype(np.uint8)
+    for y in (255 - x, rng.integers(0, 256, x.shape, np.uint8), x // 2, np.roll(x, 2, axis=1)):
+        assert ssim(x, y) == pytest.approx(by_definition(x, y), abs=1e-4)
+        assert ssim(y, x) == pytest.approx(ssim(x, y), abs=1e-6)
+    assert ssim(x, x) == pytest.approx(1, abs=1e-6)
+    assert ssim(x[:10], x[:10]) is None
+
+
+def test_intervals_of_pixels_and_of_rfid(photographs_folder: Path, store: FeatureStore) -> None:
+    found = evaluate_reconstruction(photographs_folder, Grey(), store, bootstrap=10)
+    for each in found:
+        assert set(each.intervals) == {"l1", "psnr", "ssim", "rfid clean"}
+        for name, (low, high) in each.intervals.items():
+            value = each.rfid["clean"] if name == "rfid clean" else getattr(each, name)
+            assert low < value < high
+    assert set(evaluate_reconstruction(photographs_folder, Grey(), store)[0].intervals) == {"l1", "psnr", "ssim"}
+    narrow, wide = found[2].intervals["psnr"], found[1].intervals["psnr"]
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+
+
+def test_lpips_is_the_mean_of_the_networks_distances(photographs_folder: Path, vgg_weights: Path) -> None:
+    from retinar.engine.perceptual import LPIPS
+
+    if find_spec("lpips") is None:
+        pytest.skip("the package lpips is missing (pip install 'retinar[metrics]')")
+    lpips = LPIPS(vgg_weights)
+    folder = photographs_folder / "npdr"
+    (found,) = evaluate_reconstruction(folder, Grey(), lpips=lpips, batch_size=3)
+    expected = []
+    for path in sorted(folder.iterdir()):
+        pixels = np.asarray(Image.open(path))
+        decoded, _ = reconstruct(Grey(), pixels[None])
+        pair = (torch.tensor(each).permute(2, 0, 1)[None].float() / 127.5 - 1 for each in (pixels, decoded[0]))
+        with torch.no_grad():
+            expected.append(float(lpips.distances(*pair)))
+    assert found.lpips == pytest.approx(np.mean(expected), rel=1e-4) and "lpips" in found.intervals
+    perfect = evaluate_reconstruction(folder, Perfect(), lpips=lpips)[0].lpips
+    assert perfect == pytest.approx(0, abs=1e-6) and found.lpips > 0.001
 
 
 def test_the_real_tokenizers_interface() -> None:
