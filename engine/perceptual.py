@@ -79,6 +79,18 @@ class LPIPS(nn.Module):
         assert total is not None
         return total
 
+    def vectors(self, images_BCHW: Tensor) -> Tensor:
+        """fp32 [B, D] whose squared Euclidean distances are :meth:`distances`, so that a search is a matrix product.
+
+        The heads' weights are not negative, and a mean over pixels is a sum with one more factor. D is 499,712 at
+        64 x 64 pixels and grows with their number.
+        """
+        parts = []
+        for head, map_BCHW in zip(self.network.lins, self.features(images_BCHW), strict=True):
+            weights_C = head.model[-1].weight.flatten() / (map_BCHW.shape[2] * map_BCHW.shape[3])
+            parts.append((map_BCHW * weights_C.sqrt()[:, None, None]).flatten(1))
+        return torch.cat(parts, dim=1)
+
 
 def find_vgg16(path: Path | str | None = None) -> Path | None:
     """The file of VGG16's weights: ``path`` where given, else torchvision's own in torch hub's folder, else None.
