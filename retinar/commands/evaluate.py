@@ -1,42 +1,79 @@
-"""retinar evaluate: how far generated images are from photographs, class by class."""
+"""retinar evaluate: how far generated images are from photographs, class by class, and what else there is to know."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from retinar.engine.progress import Progress
+
+if TYPE_CHECKING:
+    from retinar.report.parts import Folders
+
+BOOTSTRAP, READING = 200, 40
 
 
 @dataclass
 class Evaluate:
     """Score a folder of images against photographs: FID per class and overall, with counts and the floor.
 
-    Class subfolders of the same name are scored one by one; the output folder of generate is understood.
+    Class subfolders of the same name are scored one by one; the output folder of generate is understood. With --report
+    everything that the given folders allow is measured and written as a page: memorisation, usefulness, diversity.
 
-    Example: retinar evaluate data/test images --floor-from data/train
+    Example: retinar evaluate data/test images --train data/train --valid data/valid --report report
     """
 
-    real: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")]
-    """Folder of photographs."""
+    real: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")] = None
+    """Folder of photographs that no training saw (the test split)."""
     fake: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="FAKE")] = None
     """Folder of images to score; may be left out with --reconstruct."""
-    metrics: str = "fid"
-    """Which metrics, separated by commas."""
+    report: Path | None = None
+    """Write a report to this folder: report.html, metrics.json, plots and a blinded reading for human graders."""
+    train: Path | None = None
+    """The training photographs: for memorisation, usefulness, and the floor."""
+    valid: Path | None = None
+    """The validation photographs: the classifiers of usefulness choose their state and threshold on them."""
+    parts: str | None = None
+    """What else to measure, separated by commas: diversity, memorisation, usefulness, or none. By default all that the
+    folders allow with --report, none without."""
+    metrics: str | None = None
+    """Which metrics, separated by commas: fid, kid, precision, recall, density, coverage; prdc for the last four, all
+    for all. By default all with --report, fid without."""
     mode: Literal["clean", "legacy", "both"] = "clean"
     """How images are resized for Inception: clean-fid's way, or pytorch-fid's (legacy)."""
+    bootstrap: int | None = None
+    """Draws behind the 95 % intervals of the metrics, 0 for none; by default 200 with --report, none without."""
     inception: Path | None = None
     """A TorchScript file of the Inception network of 2015; by default the installed one."""
+    vgg: Path | None = None
+    """VGG16's weights for LPIPS (diversity, memorisation, reconstruction); by default those of torch hub's folder."""
     floor: bool = False
     """Also score real against real at the same count: the best that any generator could reach."""
     floor_from: Path | None = None
-    """Take the floor's samples from this folder of other photographs (the train split, say); implies --floor."""
+    """Take the floor's samples from this folder of other photographs (--train by default); implies --floor."""
     reconstruct: Path | None = None
     """A tokenizer: also encode and decode the photographs and score what comes back."""
+    run_: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="run", metavar="RUN")] = ()
+    """A training run whose losses to draw in the report; may be repeated."""
+    reading: int | None = None
+    """Images of the report's blinded reading, 0 for none; by default 40."""
+    score_reading: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="FORM KEY")] = None
+    """Instead of all this, score a filled-in form of a blinded reading against its key."""
+    seeds: int = 3
+    """Classifiers of each kind for usefulness."""
+    network: str | None = None
+    """Which torchvision network the classifiers are; by default one that the device affords."""
+    steps: int | None = None
+    """Training steps of each classifier; by default what the device affords."""
+    weights: Path | None = None
+    """Weights that the classifiers start from, a torchvision state dict; by default random ones."""
+    positive: str | None = None
+    """The class that sensitivity speaks of; by default the last by name (npdr)."""
     limit: int | None = None
     """At most this many images a class, for a quick look."""
     batch_size: int = 0
@@ -44,117 +81,159 @@ class Evaluate:
     device: str | None = None
     """cpu, cuda or cuda:N; by default the GPU where there is one."""
     seed: int = 0
-    """Draws the samples of the floor."""
+    """Draws the samples of the floor, the intervals, the pairs and the reading."""
     save: Path | None = None
     """Also write everything to this JSON file."""
 
     def run(self, progress: Progress) -> dict[str, object]:
+        if self.score_reading is not None:
+            from retinar.report.reading_score import score_reading
+
+            return {"reading": score_reading(*self.score_reading)}
+
         from retinar.engine.checkpoint import digest, load_tokenizer
         from retinar.engine.device import find_device
-        from retinar.engine.errors import InputError
         from retinar.engine.files import write_json
-        from retinar.engine.metrics.evaluation import check_metrics, evaluate_folders
-        from retinar.engine.metrics.features import FeatureStore, resizer
-        from retinar.engine.metrics.folders import open_folder
+        from retinar.engine.metrics.evaluation import evaluate_folders
+        from retinar.engine.metrics.features import FeatureStore
         from retinar.engine.metrics.inception import load_inception
         from retinar.engine.metrics.reconstruction import evaluate_reconstruction
+        from retinar.report import write_report
+        from retinar.report.parts import Classifiers, measure_parts, plan_parts
 
+        # What can be refused is refused before anything long.
+        folders, metrics, modes, reading = self.checked()
+        device = find_device(self.device)
+        reporting = self.report is not None
+        draws = self.bootstrap if self.bootstrap is not None else BOOTSTRAP if reporting else 0
+        plan = plan_parts(self.parts, folders, report=reporting, vgg=self.vgg, device=device, seeds=self.seeds)
+        tokenizer = load_tokenizer(self.reconstruct, device=device) if self.reconstruct is not None else None
+        store = FeatureStore(load_inception(self.inception, device), self.batch_size, progress)
+        summary: dict[str, Any] = {"real": str(folders.real), "inception": store.inception.describe()}
+        if folders.fake is not None:
+            summary = evaluate_folders(
+                folders.real,
+                folders.fake,
+                store,
+                metrics=metrics,
+                modes=modes,
+                floor=self.floor or reporting,
+                floor_from=self.floor_from or self.train,
+                limit=self.limit,
+                seed=self.seed,
+                bootstrap=draws,
+            ).to_dict()
+        if plan.lpips is not None:
+            summary["lpips"] = {"sha256": plan.lpips.digest}
+        if self.reconstruct is not None and tokenizer is not None:
+            rows = evaluate_reconstruction(
+                folders.real,
+                tokenizer,
+                store,
+                lpips=plan.lpips,
+                modes=modes,
+                limit=self.limit,
+                seed=self.seed,
+                bootstrap=draws,
+                progress=progress,
+            )
+            summary["tokenizer"] = {"path": str(self.reconstruct), "sha256": digest(self.reconstruct)}
+            summary["reconstruction"] = [row.to_dict() for row in rows]
+        summary |= measure_parts(
+            plan,
+            folders,
+            store,
+            classifiers=Classifiers(self.seeds, self.network, self.steps, self.weights, self.positive),
+            device=device,
+            limit=self.limit,
+            seed=self.seed,
+            progress=progress,
+        )
+        if plan.warnings:
+            summary["warnings"] = [*summary.get("warnings", ()), *plan.warnings]
+        if self.report is not None:
+            page = write_report(
+                summary,
+                self.report,
+                real=folders.real,
+                fake=folders.fake,
+                train=folders.train,
+                tokenizer=tokenizer,
+                runs=self.run_,
+                reading=reading,
+                seed=self.seed,
+                command=self.command_line(),
+                progress=progress,
+            )
+            summary["report"] = str(page)
+        if self.save is not None:
+            write_json(self.save, summary)
+        return summary
+
+    def checked(self) -> tuple[Folders, list[str], Sequence[str], int]:
+        """(folders, metrics, modes, images of the reading). InputError for what cannot be done."""
+        from retinar.engine.errors import InputError
+        from retinar.engine.metrics.evaluation import check_metrics
+        from retinar.engine.metrics.features import resizer
+        from retinar.engine.metrics.folders import open_folder
+        from retinar.report import check_report_folder
+        from retinar.report.parts import Folders
+        from retinar.report.reading import check_count
+        from retinar.report.run_curves import check_run
+
+        if self.real is None:
+            raise InputError("Expected a folder of photographs, found none: give REAL.")
         if self.fake is None and self.reconstruct is None:
             raise InputError("Expected a second folder to score, found none: give FAKE, or --reconstruct TOKENIZER.")
         if self.limit is not None and self.limit < 2:
             raise InputError(f"Expected --limit of at least 2 images, found {self.limit}: leave it out for all.")
         if self.batch_size < 0:
             raise InputError(f"Expected --batch-size of at least 1, found {self.batch_size}: leave it out.")
-        metrics = check_metrics([name.strip() for name in self.metrics.split(",") if name.strip()])
+        given = self.metrics if self.metrics is not None else "fid" if self.report is None else "all"
+        metrics = check_metrics([name.strip() for name in given.split(",") if name.strip()])
         modes = ("clean", "legacy") if self.mode == "both" else (self.mode,)
-        # What can be refused is refused before anything long.
-        for folder in (self.real, self.fake, self.floor_from):
-            if folder is not None:
-                open_folder(folder)
+        opened = {
+            folder: open_folder(folder)
+            for folder in (self.real, self.fake, self.train, self.valid, self.floor_from)
+            if folder is not None
+        }
         for mode in modes:
             resizer(mode)
         if self.save is not None and not self.save.absolute().parent.is_dir():
             raise InputError(f"Expected a folder for --save {self.save}, found none: create {self.save.parent} first.")
-        device = find_device(self.device)
-        tokenizer = load_tokenizer(self.reconstruct, device=device) if self.reconstruct is not None else None
-        store = FeatureStore(load_inception(self.inception, device), self.batch_size, progress)
-        summary: dict[str, object] = {}
-        if self.fake is not None:
-            summary = evaluate_folders(
-                self.real,
-                self.fake,
-                store,
-                metrics=metrics,
-                modes=modes,
-                floor=self.floor,
-                floor_from=self.floor_from,
-                limit=self.limit,
-                seed=self.seed,
-            ).to_dict()
-        if self.reconstruct is not None and tokenizer is not None:
-            found = evaluate_reconstruction(
-                self.real, tokenizer, store, modes=modes, limit=self.limit, progress=progress
-            )
-            summary |= {"real": str(self.real), "inception": store.inception.describe()}
-            summary["tokenizer"] = {"path": str(self.reconstruct), "sha256": digest(self.reconstruct)}
-            summary["reconstruction"] = [each.to_dict() for each in found]
-        if self.save is not None:
-            write_json(self.save, summary)
-        return summary
+        reading = 0
+        if self.report is not None:
+            check_report_folder(self.report, opened)
+            for run in self.run_:
+                check_run(run)
+            if self.fake is not None:
+                classes = len(set(opened[self.real].classes) & set(opened[self.fake].classes)) or 1
+                reading = max(READING, 2 * classes) if self.reading is None else check_count(self.reading, classes)
+        elif self.run_ or self.reading is not None:
+            flag = "--run" if self.run_ else "--reading"
+            raise InputError(f"Expected --report DIR with {flag}, found none: say where the report goes.")
+        return Folders(self.real, self.fake, self.train, self.valid), metrics, modes, reading
+
+    def command_line(self) -> str:
+        """The command that gives this evaluation again."""
+        words = ["retinar", "evaluate"]
+        for each in fields(self):
+            value = getattr(self, each.name)
+            default = each.default if each.default is not MISSING else None
+            if value == default:
+                continue
+            flag = "--" + each.name.rstrip("_").replace("_", "-")
+            if each.name in ("real", "fake"):
+                words.append(str(value))
+            elif value is True:
+                words.append(flag)
+            else:
+                for item in value if isinstance(value, tuple) else (value,):
+                    words += [flag, str(item)]
+        return shlex.join(words)
 
     def render(self, found: Mapping[str, Any]) -> str:
         """The summary as tables, and below them what limits the figures."""
-        return "\n".join(report_lines(found))
+        from retinar.report.text import reading_lines, report_lines
 
-
-def report_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Tables of an evaluation's dictionary (what ``--json`` prints)."""
-    from retinar import ui
-
-    if found.get("scores"):
-        yield f"real {found['real']}, scored {found['fake']}"
-        names = list(found["scores"][0]["metrics"])
-        floors = any(score["floor"] for score in found["scores"])
-        header = ["class", "mode", "real", "scored"]
-        for name in names:
-            header += [name.upper(), "floor (real against real)"] if floors else [name.upper()]
-        rows = []
-        for score in found["scores"]:
-            cells = [score["label"], score["mode"], str(score["n_real"]), str(score["n_fake"])]
-            for name in names:
-                cells.append(f"{score['metrics'][name]:.2f}")
-                if floors:
-                    cells.append(floor_text(score["floor"][name]))
-            rows.append(cells)
-        yield from ui.table(header, rows)
-    if found.get("reconstruction"):
-        modes = list(found["reconstruction"][0]["rfid"])
-        yield f"{found['real']} through the tokenizer {found['tokenizer']['path']}"
-        yield from ui.table(
-            ["class", "images", "PSNR dB", "L1", "codes used", "perplexity", *(f"rFID {mode}" for mode in modes)],
-            [
-                [
-                    row["label"],
-                    str(row["images"]),
-                    f"{row['psnr']:.2f}",
-                    f"{row['l1']:.4f}",
-                    f"{row['codes_used']} of {row['codebook_size']}",
-                    f"{row['perplexity']:.0f}",
-                    *(f"{row['rfid'][mode]:.2f}" for mode in modes),
-                ]
-                for row in found["reconstruction"]
-            ],
-        )
-    yield f"Inception: {found['inception']['source']}, SHA-256 {found['inception']['sha256'][:12]}"
-    for warning in found.get("warnings", ()):
-        yield f"note: {warning}"
-    for skipped in found.get("skipped", ())[:10]:
-        yield f"left out: {skipped['file']}: {skipped['reason']}"
-    if len(found.get("skipped", ())) > 10:
-        yield f"left out: {len(found['skipped']) - 10} more (--json lists them)"
-
-
-def floor_text(floor: Mapping[str, Any]) -> str:
-    """Mean and deviation of a floor, with its counts."""
-    spread = f" ± {floor['sd']:.2f}" if floor["sd"] is not None else ""
-    return f"{floor['mean']:.2f}{spread} ({floor['draws']} x {floor['n_sample']} against {floor['n_reference']})"
+        return "\n".join(reading_lines(found["reading"]) if "reading" in found else report_lines(found))

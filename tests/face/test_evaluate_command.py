@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +104,126 @@ def test_reconstruction_of_a_tokenizer(
     assert "PSNR dB" in capsys.readouterr().out
 
 
+def test_all_metrics_with_intervals(folders: tuple[str, str], network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["evaluate", *folders, "--inception", network, "--metrics", "fid,kid", "--bootstrap", "20", "--floor"]
+    assert cli.main(line) == 0
+    told = capsys.readouterr().out
+    rows = [row for row in told.splitlines() if row.startswith(("healthy", "npdr", "all"))]
+    assert [row.split()[4] for row in rows] == ["FID", "KID"] * 3 and all(" to " in row for row in rows)
+    assert cli.main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    low, high = found["scores"][0]["intervals"]["fid"]
+    assert low < found["scores"][0]["metrics"]["fid"] < high
+
+
+@pytest.fixture
+def train(folders: tuple[str, str]) -> str:
+    """Training photographs; one generated image is a copy of one of them."""
+    root = Path(folders[0]).parent / "train"
+    rng = np.random.default_rng(1)
+    for label in ("healthy", "npdr"):
+        (root / label).mkdir(parents=True)
+        for index in range(9):
+            pixels = np.kron(rng.integers(0, 256, (4, 4, 3), np.uint8), np.ones((5, 5, 1), np.uint8))
+            Image.fromarray(pixels).save(root / label / f"{index}.png")
+    Image.open(root / "healthy" / "0.png").save(Path(folders[1]) / "healthy" / "0.png")
+    return str(root)
+
+
+def test_a_report_of_everything(
+    folders: tuple[str, str], train: str, network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec("torchvision") is None:
+        pytest.skip("torchvision is missing (pip install 'retinar[metrics]')")
+    pytest.importorskip("sklearn", reason="scikit-learn is missing (pip install 'retinar[metrics]')")
+    report = tmp_path / "report"
+    line = ["evaluate", *folders, "--train", train, "--inception", network, "--report", str(report), "--reading", "8"]
+    line += ["--seeds", "1", "--steps", "1", "--bootstrap", "10", "--metrics", "fid,kid"]
+    assert cli.main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("report") == str(report / "report.html")
+    saved = json.loads((report / "metrics.json").read_text())
+    made_by = saved.pop("made_by")
+    assert saved == found
+    assert (
+        shlex.split(made_by["command"])[:4] == ["retinar", "evaluate", *folders] and "--steps 1" in made_by["command"]
+    )
+    assert set(made_by["command"].split()) >= {"--report", "--train", "--inception", "--seeds", "--bootstrap"}
+    assert found["scores"][0]["floor"]["fid"]["source"] == train
+    assert {row["trained_on"] for row in found["usefulness"]["rows"]} == {"real", "synthetic", "both"}
+    closest = found["memorisation"]["pairs"][0]
+    assert (
+        closest["flagged"]
+        and [Path(closest[side]).parts[-2:] for side in ("generated", "train")] == [("healthy", "0.png")] * 2
+    )
+    measured = found["memorisation"]["distances"]["inception"]["held_out"]
+    assert len(measured) + len(found["memorisation"]["leaked"]) == 18
+    page = (report / "report.html").read_text(encoding="utf-8")
+    for heading in ("Distance from the photographs", "Memorisation", "Usefulness to a classifier", "Reading by people"):
+        assert heading in page
+    plots = {path.stem for path in (report / "plots").iterdir()}
+    assert {"scores", "nearest-inception", "usefulness", "class-fidelity", "closest-pairs"} <= plots
+    assert len(list((report / "reading").glob("0*.png"))) == 8
+
+
+def test_the_command_on_the_page_gives_the_same_again() -> None:
+    line = ["photo graphs", "images", "--report", "r", "--run", "a", "--run", "b c", "--floor", "--limit", "9"]
+    line += ["--metrics", "fid,kid", "--mode", "both", "--bootstrap", "0", "--parts", "none", "--floor-from", "x'y"]
+    task = cli.parse("evaluate", line)
+    told = shlex.split(task.command_line())
+    assert told[:2] == ["retinar", "evaluate"] and cli.parse("evaluate", told[2:]) == task
+
+
+def test_a_report_of_what_there_is(
+    folders: tuple[str, str],
+    network: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without training photographs and weights, what cannot be measured is told, and the rest is there."""
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    line = ["evaluate", *folders, "--inception", network, "--report", str(tmp_path / "report"), "--metrics", "fid"]
+    assert cli.main(line) == 0
+    told = capsys.readouterr().out
+    assert "note: memorisation was left out: give the training photographs with --train DIR" in told
+    assert "note: LPIPS was left out" in told and "note: diversity was left out" in told
+    assert f"report: {tmp_path / 'report' / 'report.html'}" in told
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "memorisation was left out" in page and 'id="memorisation"' not in page
+
+
+def test_a_part_that_fails_of_its_own_accord_costs_itself_alone(
+    folders: tuple[str, str], network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training photographs among the test photographs: memorisation and usefulness refuse them, the scores stand."""
+    line = ["evaluate", *folders, "--train", folders[0], "--inception", network, "--metrics", "fid", "--bootstrap", "0"]
+    assert cli.main([*line, "--report", str(tmp_path / "report"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["scores"]) == 3 and "memorisation" not in found and "usefulness" not in found
+    assert any(text.startswith("memorisation was left out: Expected held-out") for text in found["warnings"])
+    assert cli.main([*line, "--parts", "memorisation"]) == 2
+    assert "held-out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ([], "give REAL"),
+        (["REAL", "FAKE", "--parts", "usefulnes"], "'usefulnes'"),
+        (["REAL", "FAKE", "--parts", "memorisation"], "--train DIR"),
+        (["REAL", "FAKE", "--parts", "usefulness", "--train", "FLAT"], "two class subfolders"),
+        (["REAL", "FAKE", "--parts", "usefulness", "--train", "REAL", "--seeds", "0"], "--seeds"),
+        (["REAL", "FAKE", "--train", "gone"], "gone"),
+        (["REAL", "FAKE", "--valid", "gone"], "gone"),
+        (["REAL", "FAKE", "--vgg", "gone.pth"], "gone.pth"),
+        (["REAL", "FAKE", "--bootstrap", "1"], "2 draws"),
+        (["REAL", "FAKE", "--run", "REAL"], "--report DIR with --run"),
+        (["REAL", "FAKE", "--reading", "8"], "--report DIR with --reading"),
+        (["REAL", "FAKE", "--report", "REAL"], "found other files"),
+        (["REAL", "FAKE", "--report", "NEW", "--run", "REAL"], "metrics.jsonl"),
+        (["REAL", "FAKE", "--report", "NEW", "--reading", "3"], "--reading of at least 4"),
+        (["REAL", "--score-reading", "form.csv", "key.csv"], "key.csv"),
         (["REAL"], "--reconstruct TOKENIZER"),
         (["REAL", "nowhere"], "nowhere"),
         (["REAL", "FAKE", "--metrics", "fid,fod"], "'fod'"),
@@ -123,7 +242,8 @@ def test_reconstruction_of_a_tokenizer(
 def test_bad_input_is_one_sentence(
     folders: tuple[str, str], options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    named = dict(zip(("REAL", "FAKE"), folders, strict=True))
+    flat = Path(folders[0]) / "healthy"
+    named = {"REAL": folders[0], "FAKE": folders[1], "FLAT": str(flat), "NEW": str(flat.parent.parent / "report")}
     assert cli.main(["evaluate", *(named.get(option, option) for option in options)]) == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and words in told.err and "Traceback" not in told.err
