@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retinar import __version__
 from retinar.bench import machine, record
 from retinar.bench.table3 import page
@@ -131,6 +133,7 @@ def compare(asked: Comparison, progress: Progress = plain) -> dict[str, Any]:
         "device": machine.device_name(device.type),
         "kind": device.type,
         "cores": machine.cores(),
+        "threads": torch.get_num_threads(),
         "commit": machine.commit(),
         "date": record.now(),
         "command": record.command(),
@@ -157,7 +160,8 @@ def _side(
             spent = plan.seconds(f"train {method.key} {recipe}")
             with plan.timed(f"train {method.key} {recipe}"):
                 found = method.train(job, recipe, asked.budget - spent / 60)
-            found["minutes"] = round(plan.seconds(f"train {method.key} {recipe}") / 60, 2) if found["steps"] else None
+            if "minutes" not in found:  # a given checkpoint has its own
+                found["minutes"] = round(plan.seconds(f"train {method.key} {recipe}") / 60, 2)
             plan.keep((method.key, recipe), found)
         trained[recipe] = plan[method.key, recipe]
     chosen, tuning = _tuned(asked, method, job, plan, trained, store)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import nn
 
 from retinar.bench.baselines.iddpm import generate as diffusion
@@ -28,6 +29,7 @@ from retinar.train import recipes
 from retinar.train.budget import affordable_steps, seconds_per_step
 from retinar.train.config import apply_overrides
 from retinar.train.data.images import ImageSet
+from retinar.train.metrics_log import read_metrics
 from retinar.train.released import VARIANTS, Release, release
 from retinar.train.state import read_run
 
@@ -116,7 +118,9 @@ class Autoregressive:
 
     def train(self, job: Job, recipe: str, minutes: float) -> dict[str, Any]:
         if self.given is not None:
-            return _given(self.given, [load_gpt(self.given), decoder_of(self.given, None)])
+            decoder = decoder_of(self.given, None)
+            found = _given(self.given, [load_gpt(self.given), decoder], decoder.config.image_size)
+            return {**found, "without": "the tokenizer's training"}
         out = job.out / self.key / recipe
         release(
             Release(
@@ -181,7 +185,8 @@ class Baseline:
 
     def train(self, job: Job, recipe: str, minutes: float) -> dict[str, Any]:
         if self.given is not None:
-            return _given(self.given, [load_iddpm(self.given)])
+            network = load_iddpm(self.given)
+            return _given(self.given, [network], network.config.image_size)
         out = job.out / self.key / recipe
         config = self._config(job, recipe)
         if out.exists():
@@ -260,12 +265,26 @@ def decoder_of(model: Path | None, tokenizer: Path | None) -> VQTokenizer:
     return load_tokenizer(model / "tokenizer")
 
 
-def _given(path: Path, parts: Sequence[nn.Module]) -> dict[str, Any]:
-    """What is known about a checkpoint that was trained elsewhere."""
-    return {
+def _given(path: Path, parts: Sequence[nn.Module], size: int) -> dict[str, Any]:
+    """What is known about a checkpoint trained elsewhere; more where it still lies in the folder of its run."""
+    found: dict[str, Any] = {
         "model": path,
         "steps": None,
         "images_seen": None,
+        "minutes": None,
         "parameters": sum(p.numel() for part in parts for p in part.parameters()),
-        "image_size": None,
+        "image_size": size,
     }
+    run = path.parent
+    if not all((run / name).is_file() for name in ("config.json", "metrics.jsonl")):
+        return found
+    stored, lines = read_run(run), read_metrics(run / "metrics.jsonl")
+    timed = [line for line in lines if "seconds" in line]
+    if not timed:
+        return found
+    steps = int(json.loads((path / "config.json").read_text(encoding="utf-8"))["training"]["steps"])
+    lengths = np.diff([0, *(line["step"] for line in timed[:-1]), steps])  # the log may end some steps before
+    found["steps"] = f"{stored['task']} {steps:,} steps of recipe {stored['config']['recipe']}"
+    found["images_seen"] = steps * int(stored["config"]["batch_size"])
+    found["minutes"] = round(float(sum(n * line["seconds"] for n, line in zip(lengths, timed, strict=True))) / 60, 2)
+    return found

@@ -43,7 +43,7 @@ def summary(content: Mapping[str, Any]) -> Iterator[str]:
                 f"{precision:.2f} / {recall:.2f}",
                 f"{side['seconds_per_image']:.2f}",
                 f"{trained['images_seen']:,}" if trained["images_seen"] else "unknown",
-                f"{trained['minutes']:.1f} min" if trained["minutes"] else "given checkpoint",
+                _time(trained),
             ]
         )
     first = {score["label"]: score for score in content["sides"][0]["scores"]}
@@ -71,7 +71,7 @@ def document(content: Mapping[str, Any], figure: str) -> str:
     lines = [
         "# Both methods on the same photographs",
         "",
-        f"{content['budget_minutes']:g} minutes of training each, on {content['device']} ({content['cores']} cores), "
+        f"{_budget(content)} {content['device']} ({content['cores']} cores, {content['threads']} threads), "
         f"{content['date'][:10]}, commit {str(content['commit'])[:12]}.",
         "",
         *summary(content),
@@ -106,7 +106,7 @@ def _sides(content: Mapping[str, Any]) -> Iterator[str]:
             if trained["steps"]:
                 yield (
                     f"Recipe {recipe}: {trained['parameters'] / 1e6:.1f} M parameters, {trained['image_size']} px, "
-                    f"{trained['steps']} in {trained['minutes']:.1f} minutes."
+                    f"{trained['steps']} in {_time(trained)}."
                 )
         if side["tuning"]:
             yield ""
@@ -135,10 +135,24 @@ def figure(path: Path, groups: Sequence[tuple[str, int, Sequence[Path]]]) -> Pat
     return path
 
 
+def _budget(content: Mapping[str, Any]) -> str:
+    given = [side["title"] for side in content["sides"] if side["recipe"] == "given"]
+    if len(given) == len(content["sides"]):
+        return "Two trained checkpoints, sampled and scored on"
+    text = f"{content['budget_minutes']:g} minutes of training each"
+    return text + (f" ({given[0]}: a given checkpoint), on" if given else ", on")
+
+
 def _figure(score: Mapping[str, Any], name: str) -> str:
     text = f"{score['metrics'][name]:.1f}"
     interval = score.get("intervals", {}).get(name)
     return f"{text} [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else text
+
+
+def _time(trained: Mapping[str, Any]) -> str:
+    if not trained["minutes"]:
+        return "unknown"
+    return f"{trained['minutes']:.1f} min" + (f", without {trained['without']}" if trained.get("without") else "")
 
 
 def _words(setting: Mapping[str, Any]) -> str:
