@@ -119,7 +119,8 @@ def read_vgg16(path: Path | str, advice: str = GIVE_IT) -> dict[str, Tensor]:
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # torch's reader takes the letters of a text for its commands: KeyError, IndexError
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise InputError(f"Expected VGG16's weights in {path}, found a damaged or another file: {advice}.") from error
     wanted: dict[str, tuple[int, ...]] = {}
     width_in, widths = 3, (64, 128, 256, 512, 512)

@@ -129,6 +129,8 @@ def named_checkpoint(
             raise InputError(f"{record} is damaged ({error}); name the checkpoint with --model") from error
     model = model or run.get("model")
     tokenizer = tokenizer or run.get("tokenizer_path")
+    if run.get("model") is not None and not Path(run["model"]).exists():
+        raise InputError(f"expected the checkpoint at {run['model']} (see {record}), found none; name it with --model")
     if model is None:
         raise InputError(f"expected to find the checkpoint's path in {record}, found none; name it with --model")
     return Path(model), None if tokenizer is None else Path(tokenizer), config or run.get("config")

@@ -163,12 +163,17 @@ def execute(argv: list[str], json_line: bool) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":  # torchrun's first one tells
         return code
     if json_line:
-        print(json.dumps(ui.jsonable(summary), ensure_ascii=False, allow_nan=False), flush=True)
+        tell(json.dumps(ui.jsonable(summary), ensure_ascii=False, allow_nan=False))
     elif hasattr(task, "render"):
-        print(task.render(summary), flush=True)
+        tell(task.render(summary))
     elif summary:
-        print("\n".join(ui.lines(summary)), flush=True)
+        tell("\n".join(ui.lines(summary)))
     return code
+
+
+def tell(text: str) -> None:
+    """Print the result. Names of files need not be UTF-8: what is not becomes an escape, in JSON too."""
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -27,8 +27,8 @@ import numpy as np
 from retinar.engine.metrics.discrimination import wilson
 from retinar.engine.metrics.grams import Grams
 
-MAX_PRODUCTS = 4 * 10**8
-"""Inner products held at once (3.2 GB): 11,000 images a side."""
+MAX_PRODUCTS = 3 * 10**7
+"""Inner products held at once: 3,100 images a side. Time sets the bound: 200 draws take minutes there."""
 NORMAL = 1.959963984540054
 
 

@@ -49,7 +49,13 @@ def _logits(network: nn.Module, images_NCHW: Tensor, recipe: Recipe, device: tor
         for batch_BCHW in images_NCHW.split(INFER_BATCH):
             images = normalised(batch_BCHW.to(device).float() / 255)
             rows.append(((network(images).float() + network(images.flip(-1)).float()) / 2).cpu())
-    return torch.cat(rows).numpy()
+    logits_NK = torch.cat(rows)
+    if not logits_NK.isfinite().all():
+        raise InputError(
+            f"Expected finite scores of {recipe.network}, found that its training diverged: choose another network, "
+            "or a lower learning rate."
+        )
+    return logits_NK.numpy()
 
 
 def normalised(images_BCHW: Tensor) -> Tensor:

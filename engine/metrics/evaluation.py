@@ -129,6 +129,8 @@ def common_classes(folders: Mapping[str, ImageFolder], warnings: list[str]) -> l
     if not common:
         found = " and ".join("/".join(sorted(each)) for each in names)
         raise InputError(f"Expected class subfolders of the same names, found {found}: rename them, or give one class.")
+    if ALL in common and len(common) > 1:
+        raise InputError(f"Expected class subfolders of other names than {ALL}, which stands for the whole: rename it.")
     if rest := sorted(set.union(*names) - set(common)):
         warnings.append(f"not on every side and left out, overall too: {', '.join(rest)}")
     return common

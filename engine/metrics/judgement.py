@@ -16,6 +16,7 @@ from retinar.engine.metrics.discrimination import (
     threshold_at,
     weighted_auroc,
     weighted_sensitivity,
+    wilson,
 )
 
 
@@ -100,10 +101,17 @@ class Examination:
         with np.errstate(invalid="ignore"):
             return right_SN.mean(1), (right_SN @ weights_DN.T) / weights_DN.sum(1)
 
-    def figure(self, found: tuple[np.ndarray, np.ndarray]) -> Figure:
+    def figure(self, found: tuple[np.ndarray, np.ndarray], count: int | None = None) -> Figure:
+        """Of the values by seed and by draw. The interval of a share of ``count`` photographs is never narrower than
+        Wilson's: where all are right or all are wrong, so they are in every draw.
+        """
         values_S, drawn_SD = found
         sd = float(values_S.std(ddof=1)) if len(values_S) > 1 else None
-        return Figure(float(values_S.mean()), sd, self.draws.interval(drawn_SD))
+        mean, (low, high) = float(values_S.mean()), self.draws.interval(drawn_SD)
+        if count:
+            least = wilson(round(mean * count), count)
+            low, high = min(low, least[0]), max(high, least[1])
+        return Figure(mean, sd, (low, high))
 
     def of_classes(self, right_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Balanced accuracy: the mean over the classes of the share that is right."""
@@ -193,23 +201,24 @@ def judge(
     pairs = list(zip(logits_SNK, thresholds, strict=True))
     right_SN = np.stack([decide(logits, each, exam.positive) == exam.classes_N for logits, each in pairs])
     by_source, within = exam.by_source(logits_SNK)
+    positives = int((exam.classes_N == exam.positive).sum())
     point = None
     if chosen_on is not None and len(exam.labels) == 2:
         above_SN = np.stack([curves(logits, exam.positive)[0][1] > each.specific for logits, each in pairs])
         positive_N = exam.classes_N == exam.positive
         point = OperatingPoint(
             chosen_on,
-            exam.figure(exam.shares(above_SN, positive_N)),
-            exam.figure(exam.shares(~above_SN, ~positive_N)),
+            exam.figure(exam.shares(above_SN, positive_N), positives),
+            exam.figure(exam.shares(~above_SN, ~positive_N), len(positive_N) - positives),
         )
     return Row(
         trained_on,
         n_train,
         exam.counts,
         exam.figure(exam.roc(logits_SNK)),
-        exam.figure(exam.shares(right_SN)),
+        exam.figure(exam.shares(right_SN), len(exam.classes_N)),
         exam.figure(exam.of_classes(right_SN)),
-        exam.figure(exam.roc(logits_SNK, "sensitivity")),
+        exam.figure(exam.roc(logits_SNK, "sensitivity"), positives if len(exam.labels) == 2 else None),
         point,
         within,
         by_source,

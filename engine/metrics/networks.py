@@ -142,7 +142,7 @@ def _load(network: nn.Module, recipe: Recipe, head: set[str]) -> None:
             weights = {name: tensor.clone() for name, tensor in read_file(path)}
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:  # Lookup: of a text
         raise InputError(
             f"Expected the weights of {recipe.network} in {path}, found a damaged or another file: {advice}."
         ) from error

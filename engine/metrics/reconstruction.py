@@ -165,18 +165,19 @@ def evaluate_reconstruction(
     batch_size: int = 8,
     seed: int = 0,
     bootstrap: int = 0,
+    skipped: dict[Path, str] | None = None,
     progress: Progress = silent,
 ) -> list[Reconstruction]:
     """Figures per class subfolder (if any) and for ALL; rFID where a ``store`` is given, LPIPS where that is.
 
     rFID compares the decoded images with what the tokenizer was given, so it shows the tokenizer's loss alone; its
     interval rests on ``bootstrap`` half samples of the pairs (none where 0). Files that cannot be read and images of
-    another kind (see ``screen``) are left out (``evaluate_folders`` on the same folder names them). Raises InputError
-    for a folder without two readable images.
+    another kind (see ``screen``) are left out, and put into ``skipped`` with their reasons. Raises InputError for a
+    folder without two readable images.
     """
     folder = open_folder(root)
     found = folder.classes or {ALL: folder.files}
-    classes = usable({label: thin(files, limit) for label, files in found.items()}, folder.root)
+    classes = usable({label: thin(files, limit) for label, files in found.items()}, folder.root, skipped)
     tallies: dict[str, Tally] = {}
     features: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {mode: {} for mode in modes}
     for label, files in classes.items():

@@ -95,15 +95,23 @@ def screen(looks: Mapping[Path, Look], folder: Path | str) -> Screened:
     return Screened({path: left_out[path] for path in looks if path in left_out}, warnings)
 
 
-def usable(classes: Mapping[str, Sequence[Path]], folder: Path | str) -> dict[str, tuple[Path, ...]]:
-    """The files of each class of one folder that can be read and are not left out by :func:`screen`."""
+def usable(
+    classes: Mapping[str, Sequence[Path]], folder: Path | str, skipped: dict[Path, str] | None = None
+) -> dict[str, tuple[Path, ...]]:
+    """The files of each class of one folder that can be read and are not left out by :func:`screen`.
+
+    The others are put into ``skipped`` with their reasons.
+    """
     looks: dict[Path, Look] = {}
+    unread: dict[Path, str] = {}
     for path in (path for files in classes.values() for path in files):
         try:
             looks[path] = Look.of(read_image(path))
-        except Exception:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
-            continue
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
+            unread[path] = str(error) or type(error).__name__
     left_out = screen(looks, folder).left_out
+    if skipped is not None:
+        skipped.update(unread | left_out)
     return {
         label: tuple(path for path in files if path in looks and path not in left_out)
         for label, files in classes.items()

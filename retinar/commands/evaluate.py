@@ -91,6 +91,7 @@ class Evaluate:
 
             return {"reading": score_reading(*self.score_reading)}
 
+        from retinar import ui
         from retinar.engine.checkpoint import digest, load_tokenizer
         from retinar.engine.device import find_device
         from retinar.engine.files import write_json
@@ -99,7 +100,7 @@ class Evaluate:
         from retinar.engine.metrics.inception import load_inception
         from retinar.engine.metrics.reconstruction import evaluate_reconstruction
         from retinar.report import write_report
-        from retinar.report.parts import Classifiers, measure_parts, plan_parts
+        from retinar.report.parts import Classifiers, check_classifiers, measure_parts, plan_parts
 
         # What can be refused is refused before anything long.
         folders, metrics, modes, reading = self.checked()
@@ -107,6 +108,8 @@ class Evaluate:
         reporting = self.report is not None
         draws = self.bootstrap if self.bootstrap is not None else BOOTSTRAP if reporting else 0
         plan = plan_parts(self.parts, folders, report=reporting, vgg=self.vgg, device=device, seeds=self.seeds)
+        classifiers = Classifiers(self.seeds, self.network, self.steps, self.weights, self.positive)
+        check_classifiers(plan, folders, classifiers, device)
         tokenizer = load_tokenizer(self.reconstruct, device=device) if self.reconstruct is not None else None
         store = FeatureStore(load_inception(self.inception, device), self.batch_size, progress)
         summary: dict[str, Any] = {"real": str(folders.real), "inception": store.inception.describe()}
@@ -117,8 +120,8 @@ class Evaluate:
                 store,
                 metrics=metrics,
                 modes=modes,
-                floor=self.floor or reporting,
-                floor_from=self.floor_from or self.train,
+                floor=self.floor or reporting or self.train is not None,
+                floor_from=self.floor_from or self.floor_of_train(plan.warnings),
                 limit=self.limit,
                 seed=self.seed,
                 bootstrap=draws,
@@ -126,6 +129,7 @@ class Evaluate:
         if plan.lpips is not None:
             summary["lpips"] = {"sha256": plan.lpips.digest}
         if self.reconstruct is not None and tokenizer is not None:
+            unused: dict[Path, str] = {}
             rows = evaluate_reconstruction(
                 folders.real,
                 tokenizer,
@@ -135,15 +139,19 @@ class Evaluate:
                 limit=self.limit,
                 seed=self.seed,
                 bootstrap=draws,
+                skipped=unused,
                 progress=progress,
             )
+            known = summary.get("skipped", [])  # of the scores, which do without classes that only one side has
+            fresh = [{"file": str(path), "reason": reason} for path, reason in sorted(unused.items())]
+            summary["skipped"] = [*known, *(row for row in fresh if row not in known)]
             summary["tokenizer"] = {"path": str(self.reconstruct), "sha256": digest(self.reconstruct)}
             summary["reconstruction"] = [row.to_dict() for row in rows]
         summary |= measure_parts(
             plan,
             folders,
             store,
-            classifiers=Classifiers(self.seeds, self.network, self.steps, self.weights, self.positive),
+            classifiers=classifiers,
             device=device,
             limit=self.limit,
             seed=self.seed,
@@ -167,7 +175,7 @@ class Evaluate:
             )
             summary["report"] = str(page)
         if self.save is not None:
-            write_json(self.save, summary)
+            write_json(self.save, ui.jsonable(summary))
         return summary
 
     def checked(self) -> tuple[Folders, list[str], Sequence[str], int]:
@@ -187,6 +195,10 @@ class Evaluate:
             raise InputError("Expected a second folder to score, found none: give FAKE, or --reconstruct TOKENIZER.")
         if self.limit is not None and self.limit < 2:
             raise InputError(f"Expected --limit of at least 2 images, found {self.limit}: leave it out for all.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"Expected --seed between 0 and 2^63 - 1, found {self.seed}: choose another.")
+        if self.bootstrap is not None and (self.bootstrap < 0 or self.bootstrap == 1):
+            raise InputError(f"Expected --bootstrap of 2 draws or more, or 0 for none, found {self.bootstrap}: 200 do.")
         if self.batch_size < 0:
             raise InputError(f"Expected --batch-size of at least 1, found {self.batch_size}: leave it out.")
         given = self.metrics if self.metrics is not None else "fid" if self.report is None else "all"
@@ -201,6 +213,8 @@ class Evaluate:
             resizer(mode)
         if self.save is not None and not self.save.absolute().parent.is_dir():
             raise InputError(f"Expected a folder for --save {self.save}, found none: create {self.save.parent} first.")
+        if self.save is not None and self.save.is_dir():
+            raise InputError(f"Expected a file for --save, found the folder {self.save}: name a file.")
         reading = 0
         if self.report is not None:
             check_report_folder(self.report, opened)
@@ -213,6 +227,19 @@ class Evaluate:
             flag = "--run" if self.run_ else "--reading"
             raise InputError(f"Expected --report DIR with {flag}, found none: say where the report goes.")
         return Folders(self.real, self.fake, self.train, self.valid), metrics, modes, reading
+
+    def floor_of_train(self, warnings: list[str]) -> Path | None:
+        """--train, unless it lacks a class that is scored: nobody who names it wants fewer figures for that."""
+        from retinar.engine.metrics.folders import open_folder
+
+        sides = [
+            set(open_folder(folder).classes) for folder in (self.real, self.fake, self.train) if folder is not None
+        ]
+        if len(sides) < 3 or sides[0] & sides[1] <= sides[2]:
+            return self.train
+        lacking = ", ".join(sorted(sides[0] & sides[1] - sides[2]))
+        warnings.append(f"{self.train} has no subfolder {lacking}: the floor is of {self.real} itself")
+        return None
 
     def command_line(self) -> str:
         """The command that gives this evaluation again."""

@@ -82,6 +82,22 @@ def plan_parts(
     return plan
 
 
+def check_classifiers(plan: Plan, folders: Folders, wanted: Classifiers, device: torch.device) -> None:
+    """Raise InputError, before anything is measured, for classifiers that were asked for and cannot be trained."""
+    if "usefulness" not in plan.parts or folders.train is None:
+        return
+    from retinar.engine.metrics.networks import build_network, plan_recipe
+
+    recipe = plan_recipe(device, network=wanted.network, steps=wanted.steps, weights=wanted.weights)
+    if wanted.network is not None or wanted.weights is not None:
+        build_network(recipe, 2)
+    labels = sorted(open_folder(folders.train).classes)
+    if wanted.positive is not None and wanted.positive not in labels:
+        raise InputError(
+            f"Expected --positive among the classes {', '.join(labels)}, found {wanted.positive!r}: choose one."
+        )
+
+
 def _lacks(name: str, folders: Folders, lpips: LPIPS | None) -> str:
     """What a part still needs; empty where nothing."""
     if folders.fake is None:

@@ -142,7 +142,7 @@ def _table(path: Path, columns: Iterable[str], what: str) -> dict[int, Mapping[s
     for row in rows:
         if not any(row.values()):
             continue
-        if not row["number"].isdigit():
+        if not row["number"].isdecimal():
             raise InputError(f"Expected a number in every line of {path}, found {row['number']!r}: put it right.")
         number = int(row["number"])
         if number in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Panel:
 
 def check_run(folder: Path) -> None:
     """Raise InputError unless ``folder`` is a training run with something logged."""
-    if not loss_curve(folder / LOG)[0]:
+    if not _finite(folder, "loss")[0]:
         found = "no losses in it" if (folder / LOG).is_file() else "none"
         raise InputError(
             f"Expected a training run's {LOG} in {folder}, found {found}: give the --out of `retinar train`."
@@ -43,7 +44,7 @@ def check_run(folder: Path) -> None:
 
 def curve_panels(folder: Path) -> tuple[list[Panel], str, str]:
     """(panels, title, description in words); no panels where no loss was logged."""
-    train, valid, psnr = (_thin(loss_curve(folder / LOG, key)) for key in ("loss", "valid_loss", "valid_psnr"))
+    train, valid, psnr = (_thin(_finite(folder, key)) for key in ("loss", "valid_loss", "valid_psnr"))
     if not train[0]:
         return [], "", ""
     curves = [
@@ -69,6 +70,15 @@ def run_title(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         recipe = None
     return folder.resolve().name + (f" ({recipe})" if recipe else "")
+
+
+def _finite(folder: Path, key: str) -> tuple[list[int], list[float]]:
+    """The curve without the steps at which the run had diverged: no axis holds NaN."""
+    steps, values = loss_curve(folder / LOG, key)
+    kept = [
+        pair for pair in zip(steps, values, strict=True) if isinstance(pair[1], int | float) and math.isfinite(pair[1])
+    ]
+    return [step for step, _ in kept], [value for _, value in kept]
 
 
 def _thin(points: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:

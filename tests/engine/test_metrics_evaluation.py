@@ -232,6 +232,11 @@ def test_unlike_folders(sides: tuple[Path, Path], store: FeatureStore, tmp_path:
     assert any("no class subfolders" in note for note in flat.warnings)
     one = evaluate_folders(real / "npdr", fake / "images" / "npdr", store)
     assert [score.label for score in one.scores] == ["all"]
+    for side in ("one", "other"):
+        for number, label in enumerate(("all", "npdr")):
+            paint(tmp_path / side / label, 3, number)
+    with pytest.raises(InputError, match="other names than all"):
+        evaluate_folders(tmp_path / "one", tmp_path / "other", store)
     for path in (fake / "images" / "healthy").glob("00[0-8].png"):
         path.unlink()
     assert any("class shares differ" in note for note in evaluate_folders(real, fake, store).warnings)

@@ -19,6 +19,7 @@ from retinar.engine.metrics.manifold import (
     NEAREST,
     manifold_interval,
     manifold_scores,
+    manifold_scores_in_blocks,
     manifold_scores_of_grams,
 )
 
@@ -69,6 +70,8 @@ def test_equals_the_definition_the_library_and_the_inner_products(
     assert tuple(found) == NAMES and found == {name: float(library[name]) for name in NAMES}
     assert found == pytest.approx(by_definition(real, fake), abs=1e-12)
     assert manifold_scores_of_grams(Grams.of(real, fake)) == pytest.approx(found, abs=1e-12)
+    for block in (3, 7, 50):
+        assert manifold_scores_in_blocks(real, fake, block) == pytest.approx(found, abs=1e-12)
 
 
 def test_known_answers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,9 @@ def test_usable_files_can_be_read_and_keep_their_class(tmp_path: Path) -> None:
         Image.new("RGB", (size, size), (9, 8, 7)).save(tmp_path / name)
     (tmp_path / "a" / "bad.png").write_bytes(b"x")
     classes = {label: tuple(sorted((tmp_path / label).iterdir())) for label in "ab"}
-    found = usable(classes, tmp_path)
+    skipped: dict[Path, str] = {}
+    found = usable(classes, tmp_path, skipped)
+    assert sorted(path.name for path in skipped) == ["4.png", "bad.png"] and all(skipped.values())
     assert {label: [path.name for path in files] for label, files in found.items()} == {
         "a": ["1.png", "2.png"],
         "b": ["3.png"],

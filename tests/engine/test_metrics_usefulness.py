@@ -109,6 +109,13 @@ def test_fidelity_is_high_for_right_labels_and_beside_it_stands_the_real_one(mea
     assert measured.class_fidelity[0].interval == wilson(round(30 * measured.class_fidelity[0].agreement), 30)
 
 
+def test_a_share_without_a_mistake_is_not_certain(measured: Usefulness) -> None:
+    for row in measured.rows:
+        assert row.accuracy.interval[0] <= wilson(round(100 * row.accuracy.mean), 100)[0]
+        assert row.sensitivity_at_95_specificity.interval[0] < 0.93  # of 40 photographs
+        assert row.operating_point is not None and row.operating_point.sensitivity.interval[0] < 0.93
+
+
 def test_the_result_is_plain_json_and_names_what_decided(measured: Usefulness) -> None:
     found = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
     assert {"network", "size", "seeds", "rows", "class_fidelity", "real_agreement", "warnings"} <= set(found)
@@ -459,8 +466,14 @@ def test_weights_of_another_network_or_kind_are_refused(tmp_path: Path) -> None:
             build_network(Recipe("resnet18", 32, 1, 4, 1e-3, weights=tmp_path / name), 2)
     torch.save({"weights": Path}, tmp_path / "code.pth")  # a pickle that would import something
     (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "hello.pth").write_text("hello, a text whose letters pickle takes for commands")
     (tmp_path / "text.safetensors").write_text("no weights")
-    for name, message in (("code.pth", "damaged"), ("text.pth", "damaged"), ("text.safetensors", "damaged")):
+    for name, message in (
+        ("code.pth", "damaged"),
+        ("text.pth", "damaged"),
+        ("hello.pth", "damaged"),
+        ("text.safetensors", "damaged"),
+    ):
         with pytest.raises(InputError, match=message):
             build_network(Recipe("resnet18", 32, 1, 4, 1e-3, weights=tmp_path / name), 2)
     with pytest.raises(InputError, match="found no file"):

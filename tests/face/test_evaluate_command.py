@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,19 @@ def test_json_is_one_line_and_the_saved_file_holds_the_same(
     assert found["skipped"][0]["file"] == str(broken) and len(found["inception"]["sha256"]) == 64
 
 
+def test_a_name_that_is_no_utf8(
+    folders: tuple[str, str], network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(folders[1]) + b"/npdr/b\xff.png")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    saved = tmp_path / "scores.json"
+    assert cli.main(["evaluate", *folders, "--inception", network, "--json", "--save", str(saved)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(saved.read_text()) and found["skipped"][0]["file"].endswith("b\udcff.png")
+
+
 def test_a_folder_against_itself(folders: tuple[str, str], network: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", folders[0], folders[0], "--inception", network, "--json"]) == 0
     assert all(score["metrics"]["fid"] < 0.01 for score in json.loads(capsys.readouterr().out)["scores"])
@@ -100,8 +114,11 @@ def test_reconstruction_of_a_tokenizer(
         ("all", 18),
     ]
     assert found["reconstruction"][2]["rfid"]["clean"] > 0 and len(found["tokenizer"]["sha256"]) == 64
+    broken = Path(folders[0]) / "npdr" / "broken.png"
+    broken.write_bytes(b"x")
     assert cli.main(line) == 0
-    assert "PSNR dB" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "PSNR dB" in told and f"left out: {broken}: cannot identify" in told
 
 
 def test_all_metrics_with_intervals(folders: tuple[str, str], network: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +191,25 @@ def test_the_command_on_the_page_gives_the_same_again() -> None:
     assert told[:2] == ["retinar", "evaluate"] and cli.parse("evaluate", told[2:]) == task
 
 
+def test_training_photographs_without_a_class_cost_no_figure(
+    folders: tuple[str, str], network: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [
+        "evaluate",
+        *folders,
+        "--train",
+        str(Path(folders[1]) / "npdr"),
+        "--inception",
+        network,
+        "--json",
+    ]
+    assert cli.main(line) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [score["label"] for score in found["scores"]] == ["healthy", "npdr", "all"]
+    assert found["scores"][0]["floor"]["fid"]["source"] == folders[0]
+    assert any("no subfolder healthy, npdr: the floor is of" in text for text in found["warnings"])
+
+
 def test_a_report_of_what_there_is(
     folders: tuple[str, str],
     network: str,
@@ -235,6 +271,13 @@ def test_a_part_that_fails_of_its_own_accord_costs_itself_alone(
         (["REAL", "FAKE", "--mode", "tidy"], "tidy"),
         (["REAL", "FAKE", "--device", "abacus"], "abacus"),
         (["REAL", "FAKE", "--device", "cuda:99"], "cuda:99"),
+        (["REAL", "FAKE", "--seed", "-1"], "--seed"),
+        (["REAL", "FAKE", "--save", "REAL"], "--save"),
+        (["REAL", "FAKE", "--vgg", "TEXT"], "damaged"),
+        (["REAL", "FAKE", "--train", "TRAIN", "--report", "NEW", "--network", "resnet19"], "'resnet19'"),
+        (["REAL", "FAKE", "--train", "TRAIN", "--report", "NEW", "--steps", "0"], "1 step"),
+        (["REAL", "FAKE", "--train", "TRAIN", "--report", "NEW", "--weights", "gone.pth"], "gone.pth"),
+        (["REAL", "FAKE", "--train", "TRAIN", "--report", "NEW", "--positive", "amd"], "--positive"),
         (["REAL", "--reconstruct", "lost"], "lost"),
         (["REAL", "FAKE", "--save", "absent/scores.json"], "--save"),
     ],
@@ -244,6 +287,8 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     flat = Path(folders[0]) / "healthy"
     named = {"REAL": folders[0], "FAKE": folders[1], "FLAT": str(flat), "NEW": str(flat.parent.parent / "report")}
+    named |= {"TRAIN": folders[1], "TEXT": str(flat.parent.parent / "hello.pth")}
+    Path(named["TEXT"]).write_text("hello, no weights")
     assert cli.main(["evaluate", *(named.get(option, option) for option in options)]) == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and words in told.err and "Traceback" not in told.err

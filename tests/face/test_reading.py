@@ -244,6 +244,7 @@ def test_wilsons_interval(tmp_path: Path) -> None:
         ([(9, "real", "", "", "")], "found 9"),
         ([(1, "real", "", "", ""), (1, "real", "", "", "")], "1 twice"),
         ([("one", "real", "", "", "")], "found 'one'"),
+        ([("²", "real", "", "", "")], "found '²'"),
         ([(1, "real", "7", "", "")], "confidence of 1 to 5"),
         ([(1, "real", "high", "", "")], "confidence of 1 to 5"),
         ([], "no column"),
