@@ -17,6 +17,12 @@ def affordable_steps(minutes: float, seconds: Sequence[tuple[float, float]], mos
     return steps if most is None else min(most, steps)
 
 
+def short_average(decay: float | None, steps: int) -> float | None:
+    """``decay`` of an average of the weights, or a faster one, so that after ``steps`` little of the first weights is
+    left in it (below 1 %)."""
+    return None if decay is None else min(decay, max(0.5, 1 - 5 / steps))
+
+
 def seconds_per_step(task: Task, steps: Sequence[int]) -> float:
     """Mean time of these steps of a task made for the purpose; two of them warm up. What it draws is taken back."""
     with preserved_rng():

@@ -219,6 +219,8 @@ class Checkpoints:
             )
         except CheckpointException as error:
             cause = _cause(error)
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from error
             raise InputError(
                 f"Expected the checkpoint {checkpoint.path} to hold this run's tensors, found: {cause}"
             ) from cause

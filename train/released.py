@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ from retinar.engine.progress import Progress, plain
 from retinar.engine.sampler import Sampler
 from retinar.engine.tokenizer import VQTokenizer
 from retinar.train import recipes
-from retinar.train.budget import affordable_steps, seconds_per_step
+from retinar.train.budget import affordable_steps, seconds_per_step, short_average
 from retinar.train.code_fit import fit_to_codes
 from retinar.train.codes import CodeSet, encode_folder
 from retinar.train.config import GPTTrainConfig, TokenizerTrainConfig, apply_overrides
@@ -50,6 +51,7 @@ from retinar.train.export import export_release
 from retinar.train.gpt import GPTTask, train_gpt
 from retinar.train.loop import RunResult
 from retinar.train.perceptual import PerceptualLoss
+from retinar.train.state import read_run
 from retinar.train.tokenizer import TokenizerTask, train_tokenizer
 
 VARIANTS = {"gpu": ("vq8-narrow", "fundus-small"), "cpu": ("vq8-cpu", "fundus-cpu")}
@@ -64,7 +66,8 @@ class Release:
     """What is asked for. ``sets``: ``tokenizer.KEY=VALUE`` and ``gpt.KEY=VALUE``; ``count``: sampled images a class.
     ``tokenizer``: one that is trained already; all minutes are the transformer's then. ``overrun``: a training that
     takes so many times its planned minutes is cut there (the machine became slower). ``stretch``: the minutes are used
-    up, with more steps than the recipes have where there is time for them."""
+    up, with more steps than the recipes have where there is time for them, and averages as short as few steps need.
+    ``left``: what earlier calls left of the minutes; None: not counted."""
 
     data: Path
     out: Path
@@ -78,11 +81,16 @@ class Release:
     tokenizer: Path | None = None
     overrun: float = 1.5
     stretch: bool = False
+    left: float | None = None
 
     @property
     def tokenizer_minutes(self) -> float:
         """The tokenizer's part of ``minutes``."""
         return 0.0 if self.tokenizer is not None else TOKENIZER_SHARE * self.minutes
+
+    def limit(self, planned: float) -> float:
+        """Minutes after which a training that was planned for so many is cut."""
+        return self.overrun * planned if self.left is None else max(0.0, min(self.overrun * planned, self.left))
 
     def overrides(self, part: str) -> list[str]:
         """The changes to the recipe of ``part`` (tokenizer or gpt)."""
@@ -108,7 +116,7 @@ def release(asked: Release, progress: Progress = plain) -> dict[str, Any]:
         at = asked.out / "tokenizer"
         if "tokenizer" not in plan["done"]:
             tokenizer_config = _fit_tokenizer(asked, plan, tokenizer_config, prepared)
-            limit = asked.overrun * asked.tokenizer_minutes
+            limit = asked.limit(asked.tokenizer_minutes)
             result = train_tokenizer(
                 tokenizer_config, prepared, at, resume=at.exists(), max_minutes=limit, progress=progress
             )
@@ -123,7 +131,7 @@ def release(asked: Release, progress: Progress = plain) -> dict[str, Any]:
     at = asked.out / "gpt"
     if "gpt" not in plan["done"]:
         gpt_config = _fit_gpt(asked, plan, recipes.gpt_recipe(gpt_name), codes)
-        limit = asked.overrun * (asked.minutes - asked.tokenizer_minutes)
+        limit = asked.limit(asked.minutes - asked.tokenizer_minutes)
         result = train_gpt(
             gpt_config,
             codes,
@@ -171,6 +179,7 @@ def _open_plan(asked: Release) -> dict[str, Any]:
         try:
             plan = json.loads(file.read_text(encoding="utf-8"))
             same = all(plan[key] == value for key, value in wanted.items()) and isinstance(plan["done"], dict)
+            same = same and plan.get("tokenizer") == wanted.get("tokenizer")
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
@@ -263,7 +272,13 @@ def _fit_gpt(asked: Release, plan: dict[str, Any], recipe: GPTTrainConfig, folde
     codes = CodeSet(folder)
     config = apply_overrides(fit_to_codes(recipe, codes), [f"device={asked.device}", *asked.overrides("gpt")])
     device = pick_device(config.device)
-    return dataclasses.replace(config, steps=_steps(asked, plan, "gpt", config, measure))
+    steps = _steps(asked, plan, "gpt", config, measure)
+    if not asked.stretch or any(text.startswith("ema_decay=") for text in asked.overrides("gpt")):
+        return dataclasses.replace(config, steps=steps)
+    run = asked.out / "gpt"
+    begun = (run / "config.json").is_file()
+    decay = read_run(run)["config"]["ema_decay"] if begun else short_average(config.ema_decay, steps)
+    return dataclasses.replace(config, steps=steps, ema_decay=decay)
 
 
 def _steps(
@@ -284,8 +299,8 @@ def _steps(
 
 
 def _finish(asked: Release, plan: dict[str, Any], part: str, result: RunResult) -> None:
-    """Note the stage as done; a training stopped by hand is not, and stops everything."""
-    if result.reason == "interrupted":
+    """Note the stage as done; a training stopped by Ctrl-C or SIGTERM is not, and stops everything."""
+    if result.model is None:
         raise KeyboardInterrupt
     plan["done"][part] = {"steps": result.step, "of": result.steps, "ended": result.reason, **result.values}
     write_json(asked.out / "plan.json", plan)
@@ -311,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not flags.data:
             raise InputError("Expected photographs, found no --data: run make model DATA=FOLDER.")
-        if not flags.minutes > 0:
+        if not 0 < flags.minutes < math.inf:
             raise InputError(f"Expected --minutes above 0, found {flags.minutes}.")
         variant = flags.variant or ("gpu" if pick_device(flags.device).type == "cuda" else "cpu")
         asked = Release(

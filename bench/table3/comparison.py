@@ -13,6 +13,7 @@ Stages, each taken up where it stopped when the same command is given again::
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,21 +26,26 @@ from retinar.bench import machine, record
 from retinar.bench.table3 import page
 from retinar.bench.table3.methods import Job, Method, Setting, methods
 from retinar.bench.table3.plan import Plan
+from retinar.engine.checkpoint import digest
 from retinar.engine.device import find_device
 from retinar.engine.errors import InputError
-from retinar.engine.files import write_json
+from retinar.engine.files import sha256_file, write_json
 from retinar.engine.metrics.evaluation import ALL, evaluate_folders
 from retinar.engine.metrics.features import FeatureStore
 from retinar.engine.metrics.folders import open_folder
 from retinar.engine.metrics.inception import load_inception
+from retinar.engine.metrics.manifold import LEAST
 from retinar.engine.perceptual import find_vgg16
+from retinar.engine.philox import stream
 from retinar.engine.progress import Progress, plain
+from retinar.train.data.images import ImageSet
 from retinar.train.data.manifest import MANIFEST
 from retinar.train.data.prepare import prepare
 from retinar.train.loop import say
 
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 SPLITS = ("train", "valid", "test")
+PHOTOGRAPHS = ("photographs", "manifest")
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,14 @@ class Comparison:
             raise InputError("Expected at least 2 images a class to tune with, found 1: ask for more, or for none.")
         if self.count is not None and self.count < 7:
             raise InputError(f"Expected --count of at least 7 images a class to score, found {self.count}.")
-        if not self.budget > 0:
+        if not 0 < self.budget < math.inf:
             raise InputError(f"Expected --budget above 0 minutes, found {self.budget}.")
         if not self.data.is_dir():
             raise InputError(f"Expected a folder of photographs for --data, found none at {str(self.data)!r}.")
+        raw = not (self.data / MANIFEST).is_file()
+        if raw and self.data.resolve() in (self.out.resolve(), *self.out.resolve().parents):
+            raise InputError(f"Expected --out apart from the photographs in {self.data}, found {self.out}.")
+        stream(self.seed, 0)  # InputError out of range
         for text in self.sets:
             if text.partition(".")[0] not in ("tokenizer", "gpt", "iddpm") or "=" not in text:
                 raise InputError(
@@ -94,7 +104,7 @@ class Comparison:
 
     def fixed(self) -> dict[str, Any]:
         """What a continuation must share."""
-        keys = ("size", "autoregressive", "iddpm", "tokenizer", "recipes", "tune", "count", "seed", "sets")
+        keys = ("budget", "size", "autoregressive", "iddpm", "tokenizer", "recipes", "tune", "count", "seed", "sets")
         return {key: json.loads(json.dumps(getattr(self, key), default=str)) for key in keys}
 
 
@@ -104,28 +114,44 @@ def compare(asked: Comparison, progress: Progress = plain) -> dict[str, Any]:
     asked.check()
     device = find_device(asked.device)
     store = FeatureStore(load_inception(asked.inception, device), progress=progress)
+    vgg = find_vgg16(asked.vgg)
+    notes = _without_vgg(asked) if vgg is None else {}
+    for note in notes.values():
+        say(note)
     job = Job(
         out=asked.out,
         device=str(device),
         budget=asked.budget,
-        sets=asked.sets,
-        vgg=find_vgg16(asked.vgg),
+        sets=(*asked.sets, *notes),
+        vgg=vgg,
         seed=asked.seed,
         progress=progress,
     )
     both: tuple[Method, Method] = methods(
         asked.autoregressive, asked.tokenizer, asked.iddpm, asked.recipes, job, asked.size
     )
-    plan = Plan.open(asked.out, asked.fixed())
+    plan = Plan.open(asked.out, {**asked.fixed(), "device": str(device), "checkpoints": _digests(asked)})
     prepared = _prepared(asked, both[0].image_size(job), progress)
+    _same_photographs(plan, prepared)
     job.data = prepared
     counts = {label: len(files) for label, files in open_folder(prepared / "test").classes.items()}
     if not counts:
         raise InputError(f"Expected class subfolders in {prepared / 'test'}, found none: prepare the photographs.")
+    for label, most in counts.items():
+        if most < LEAST:
+            raise InputError(
+                f"Expected at least {LEAST} photographs of {label} to score with in {prepared / 'test'}, found {most}: "
+                "add photographs."
+            )
+    if any(not set(method.recipes) <= {"given"} for method in both):
+        ImageSet(prepared, "train", size=both[0].image_size(job))  # InputError for photographs of another size
+    for method in both:
+        method.check(counts)
     if asked.count is not None:
         counts = {label: min(asked.count, most) for label, most in counts.items()}
 
     sides = [_side(asked, method, job, plan, counts, store) for method in both]
+    sides[0]["warnings"] += notes.values()
     content = {
         "format": 1,
         "what": "table3",
@@ -162,7 +188,8 @@ def _side(
                 found = method.train(job, recipe, asked.budget - spent / 60)
             if "minutes" not in found:  # a given checkpoint has its own
                 found["minutes"] = round(plan.seconds(f"train {method.key} {recipe}") / 60, 2)
-            plan.keep((method.key, recipe), found)
+            # The command may be given again from another folder.
+            plan.keep((method.key, recipe), {**found, "model": Path(found["model"]).resolve()})
         trained[recipe] = plan[method.key, recipe]
     chosen, tuning = _tuned(asked, method, job, plan, trained, store)
     model, setting = Path(trained[chosen["recipe"]]["model"]), chosen["setting"]
@@ -240,6 +267,37 @@ def _prepared(asked: Comparison, size: int, progress: Progress) -> Path:
         if not (folder / split).is_dir():
             raise InputError(f"Expected the splits {', '.join(SPLITS)} in {folder}, found no {split}.")
     return folder
+
+
+def _without_vgg(asked: Comparison) -> dict[str, str]:
+    """Change to the tokenizer's recipe -> why, where its training wants VGG16's weights and there are none."""
+    trained = asked.autoregressive is None and asked.tokenizer is None
+    if not trained or any(text.startswith("tokenizer.perceptual=") for text in asked.sets):
+        return {}
+    why = "no VGG16 weights found: the tokenizer is trained without the perceptual loss (--vgg FILE gives them)"
+    return {"tokenizer.perceptual=none": why}
+
+
+def _digests(asked: Comparison) -> dict[str, list[str]]:
+    """The weights of the checkpoints that were given."""
+    named = {key: getattr(asked, key) for key in ("autoregressive", "iddpm", "tokenizer")}
+    return {
+        key: [digest(part) for part in (path, path / "tokenizer") if part == path or part.is_dir()]
+        for key, path in named.items()
+        if path is not None
+    }
+
+
+def _same_photographs(plan: Plan, prepared: Path) -> None:
+    """InputError where the comparison was begun with other photographs."""
+    found = sha256_file(prepared / MANIFEST)
+    if PHOTOGRAPHS not in plan:
+        plan.keep(PHOTOGRAPHS, {"sha256": found})
+    if plan[PHOTOGRAPHS]["sha256"] != found:
+        raise InputError(
+            f"Expected the photographs that the comparison was begun with, found others in {prepared}: give the same "
+            "--data to go on, or choose another --out."
+        )
 
 
 def _pictures(sides: Sequence[Mapping[str, Any]], out: Path) -> list[tuple[str, int, list[Path]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,14 +19,14 @@ from retinar.bench.baselines.iddpm.sampler import IDDPMSampler
 from retinar.bench.baselines.iddpm.train_config import IDDPMTrainConfig
 from retinar.bench.baselines.iddpm.training import IDDPMTask, train_iddpm
 from retinar.bench.baselines.iddpm.unet import UNet
-from retinar.engine.checkpoint import load_gpt, load_tokenizer
+from retinar.engine.checkpoint import is_folder, load_gpt, load_tokenizer, read_config
 from retinar.engine.errors import InputError
 from retinar.engine.generate import generate_folder
 from retinar.engine.progress import Progress, plain
 from retinar.engine.sampler import Sampler
 from retinar.engine.tokenizer import VQTokenizer
 from retinar.train import recipes
-from retinar.train.budget import affordable_steps, seconds_per_step
+from retinar.train.budget import affordable_steps, seconds_per_step, short_average
 from retinar.train.config import apply_overrides
 from retinar.train.data.images import ImageSet
 from retinar.train.metrics_log import read_metrics
@@ -85,8 +85,12 @@ class Method(Protocol):
     def settings(self, job: Job) -> Sequence[Setting]:
         """The sampling parameters to choose from; the first where nothing is tuned."""
 
+    def check(self, labels: Iterable[str]) -> None:
+        """InputError unless a given checkpoint knows these classes."""
+
     def train(self, job: Job, recipe: str, minutes: float) -> dict[str, Any]:
-        """Train for so long -> {"model": folder, "steps", "images_seen", "parameters", "image_size"}."""
+        """Train for so long, which is what is left of ``job.budget`` -> {"model": folder, "steps", "images_seen",
+        "parameters", "image_size"}."""
 
     def sample(self, job: Job, model: Path, setting: Setting, counts: Mapping[str, int], out: Path) -> None:
         """Images of every class into ``out``, those that are missing."""
@@ -114,11 +118,19 @@ class Autoregressive:
         return int(config.model.image_size)
 
     def settings(self, job: Job) -> Sequence[Setting]:
-        return [{"cfg_scale": scale} for scale in GUIDANCE]
+        if self.given is not None:
+            config = load_gpt(self.given).config
+        else:
+            config = apply_overrides(recipes.gpt_recipe(VARIANTS[self.variant][1]), job.overrides("gpt")).model
+        return [{"cfg_scale": scale} for scale in GUIDANCE if scale == 1 or config.null_class]
+
+    def check(self, labels: Iterable[str]) -> None:
+        if self.given is not None:
+            _check_classes(self.given, labels)
 
     def train(self, job: Job, recipe: str, minutes: float) -> dict[str, Any]:
         if self.given is not None:
-            decoder = decoder_of(self.given, None)
+            decoder = decoder_of(self.given, self.tokenizer)
             found = _given(self.given, [load_gpt(self.given), decoder], decoder.config.image_size)
             return {**found, "without": "the tokenizer's training"}
         out = job.out / self.key / recipe
@@ -128,13 +140,14 @@ class Autoregressive:
                 out=out,
                 variant=self.variant,
                 device=job.device,
-                minutes=minutes,
+                minutes=job.budget,
                 perceptual_weights=None if job.vgg is None else str(job.vgg),
                 sets=tuple(text for text in job.sets if text.partition(".")[0] in ("tokenizer", "gpt")),
                 count=1,
                 tokenizer=self.tokenizer,
                 overrun=1.0,
                 stretch=True,
+                left=minutes,
             ),
             job.progress,
         )
@@ -156,10 +169,10 @@ class Autoregressive:
         }
 
     def sample(self, job: Job, model: Path, setting: Setting, counts: Mapping[str, int], out: Path) -> None:
-        sampler = Sampler.from_pretrained(model, device=job.device)
-        generate_folder(
-            sampler, out, list(counts.items()), seed=job.seed, model=model, progress=job.progress, **setting
-        )
+        tokenizer = self.tokenizer if self.given is not None else None  # one that is trained has its own inside
+        sampler = Sampler.from_pretrained(model, tokenizer, job.device)
+        where: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "progress": job.progress}
+        generate_folder(sampler, out, list(counts.items()), seed=job.seed, **where, **setting)
 
 
 @dataclass(frozen=True)
@@ -181,7 +194,14 @@ class Baseline:
 
     def settings(self, job: Job) -> Sequence[Setting]:
         steps = DIFFUSION_STEPS["cuda" if job.device.startswith("cuda") else "cpu"]
-        return [{"cfg_scale": scale, "steps": steps, "method": "ancestral"} for scale in BASELINE_GUIDANCE]
+        config = self._config(job, self.recipes[0]).model if self.given is None else load_iddpm(self.given).config
+        steps = min(steps, config.diffusion_steps)
+        scales = [scale for scale in BASELINE_GUIDANCE if scale == 1 or config.null_label is not None]
+        return [{"cfg_scale": scale, "steps": steps, "method": "ancestral"} for scale in scales]
+
+    def check(self, labels: Iterable[str]) -> None:
+        if self.given is not None:
+            _check_classes(self.given, labels)
 
     def train(self, job: Job, recipe: str, minutes: float) -> dict[str, Any]:
         if self.given is not None:
@@ -189,14 +209,11 @@ class Baseline:
             return _given(self.given, [network], network.config.image_size)
         out = job.out / self.key / recipe
         config = self._config(job, recipe)
-        if out.exists():
-            steps = int(read_run(out)["config"]["steps"])
+        if (out / "config.json").is_file():
+            begun = read_run(out)["config"]
+            config = dataclasses.replace(config, steps=begun["steps"], epochs=None, ema_decay=begun["ema_decay"])
         else:
-            images = ImageSet(job.data, "train", size=config.model.image_size)
-            model = UNet(config.model).to(job.device)
-            task = IDDPMTask(model, config, images, steps=config.total_steps(len(images)))
-            steps = affordable_steps(minutes, [(1.0, seconds_per_step(task, range(4)))])
-        config = dataclasses.replace(config, steps=steps, epochs=None)
+            config = self._fitted(job, config, minutes)
         result = train_iddpm(config, job.data, out, resume=out.exists(), max_minutes=minutes, progress=job.progress)
         if result.model is None:
             raise KeyboardInterrupt
@@ -208,6 +225,21 @@ class Baseline:
             "parameters": sum(p.numel() for p in model.parameters()),
             "image_size": model.config.image_size,
         }
+
+    @staticmethod
+    def _fitted(job: Job, config: IDDPMTrainConfig, minutes: float) -> IDDPMTrainConfig:
+        """The recipe with the number of steps that the time pays for, and an average as short as so few need; what is
+        set by hand stays."""
+        by_hand = {text.partition("=")[0] for text in job.overrides("iddpm")}
+        if "steps" not in by_hand:
+            images = ImageSet(job.data, "train", size=config.model.image_size)
+            model = UNet(config.model).to(job.device)
+            task = IDDPMTask(model, config, images, steps=config.total_steps(len(images)))
+            steps = affordable_steps(minutes, [(1.0, seconds_per_step(task, range(4)))])
+            config = dataclasses.replace(config, steps=steps, epochs=None)
+        if "ema_decay" not in by_hand and config.steps is not None:
+            config = dataclasses.replace(config, ema_decay=short_average(config.ema_decay, config.steps))
+        return config
 
     def sample(self, job: Job, model: Path, setting: Setting, counts: Mapping[str, int], out: Path) -> None:
         sampler = IDDPMSampler.from_pretrained(model, device=job.device)
@@ -275,16 +307,26 @@ def _given(path: Path, parts: Sequence[nn.Module], size: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for part in parts for p in part.parameters()),
         "image_size": size,
     }
-    run = path.parent
-    if not all((run / name).is_file() for name in ("config.json", "metrics.jsonl")):
+    run = path.resolve().parent
+    if not is_folder(path) or not all((run / name).is_file() for name in ("config.json", "metrics.jsonl")):
         return found
-    stored, lines = read_run(run), read_metrics(run / "metrics.jsonl")
-    timed = [line for line in lines if "seconds" in line]
-    if not timed:
+    try:
+        stored = read_run(run)
+        timed = [line for line in read_metrics(run / "metrics.jsonl") if "seconds" in line]
+        steps = int(read_config(path)["training"]["steps"])
+        lengths = np.diff([0, *(line["step"] for line in timed[:-1]), steps])  # the log may end some steps before
+        seconds = float(sum(n * line["seconds"] for n, line in zip(lengths, timed, strict=True)))
+        recipe, batch_size = stored["config"]["recipe"], int(stored["config"]["batch_size"])
+    except (ValueError, KeyError, TypeError):  # the folder of something else
         return found
-    steps = int(json.loads((path / "config.json").read_text(encoding="utf-8"))["training"]["steps"])
-    lengths = np.diff([0, *(line["step"] for line in timed[:-1]), steps])  # the log may end some steps before
-    found["steps"] = f"{stored['task']} {steps:,} steps of recipe {stored['config']['recipe']}"
-    found["images_seen"] = steps * int(stored["config"]["batch_size"])
-    found["minutes"] = round(float(sum(n * line["seconds"] for n, line in zip(lengths, timed, strict=True))) / 60, 2)
-    return found
+    told = {"steps": f"{stored['task']} {steps:,} steps of recipe {recipe}", "images_seen": steps * batch_size}
+    return {**found, **told, "minutes": round(seconds / 60, 2)}
+
+
+def _check_classes(path: Path, labels: Iterable[str]) -> None:
+    known = read_config(path).get("classes", []) if is_folder(path) else []
+    if missing := [label for label in labels if label not in known]:
+        raise InputError(
+            f"Expected a checkpoint of the class {missing[0]} in {path}, found {', '.join(known) or 'no class names'}: "
+            "give one that was trained on photographs of these classes."
+        )

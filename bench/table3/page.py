@@ -79,7 +79,7 @@ def document(content: Mapping[str, Any], figure: str) -> str:
         "\\* On OIA-DDR at 256 px, trained on GPUs: other photographs, sizes and times. Nothing here compares with it.",
         "",
         f"FID and KID are clean-fid's, against the test split, of {counts} generated images; in brackets the",
-        "95 % interval of a bootstrap over the images. KID, precision and recall are over all classes together.",
+        "95 % interval by half-sampling the images. KID, precision and recall are over all classes together.",
         "The last row is what photographs of the train split score at the same counts: nothing can be expected",
         "to be better. At fewer than 2,048 images FID is biased upwards: the rows compare with each other alone.",
         "",
@@ -150,7 +150,7 @@ def _figure(score: Mapping[str, Any], name: str) -> str:
 
 
 def _time(trained: Mapping[str, Any]) -> str:
-    if not trained["minutes"]:
+    if trained["minutes"] is None:
         return "unknown"
     return f"{trained['minutes']:.1f} min" + (f", without {trained['without']}" if trained.get("without") else "")
 

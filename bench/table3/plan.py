@@ -21,12 +21,13 @@ class Plan:
     @classmethod
     def open(cls, out: Path, asked: Mapping[str, Any]) -> Plan:
         """Begin the folder ``out``, or go on with it; InputError when it holds something else. ``asked``: JSON values
-        that a continuation must share."""
+        that a continuation must share (those that an older plan does not have are not compared)."""
         file, wanted = out / "plan.json", {"format": 1, "asked": dict(asked)}
         if file.is_file():
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
-                differing = [key for key in asked if content["asked"].get(key) != asked[key]]
+                differing = [key for key in asked if content["asked"].get(key, asked[key]) != asked[key]]
+                content["done"].keys(), content["seconds"].keys()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"Expected a plan in {file}, found a damaged one ({error}): remove it.") from error
             if differing:

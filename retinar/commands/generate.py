@@ -97,6 +97,8 @@ class Generate:
             if self.threads < 1:
                 raise InputError(f"threads must be at least 1, got {self.threads}; leave it out for the default")
             torch.set_num_threads(self.threads)
+        if not self.model.exists():
+            raise InputError(f"Expected a checkpoint at {self.model}, found none: check the path.")
         devices = self._devices(torch.cuda.device_count())
         summary = (self._diffusion if is_iddpm(self.model, self.config) else self._transformer)(devices, progress)
         return summary | {"sheet": str(self.out / "sheet.png")}
@@ -165,7 +167,8 @@ class Generate:
         from retinar.engine.errors import InputError
 
         for name in names:
-            if getattr(self, name) not in (None, False):
+            value = getattr(self, name)
+            if value is not None and value is not False:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} means nothing for {kind} such as {self.model}; leave it out")
 

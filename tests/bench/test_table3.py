@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from retinar.bench.table3.comparison import Comparison, compare, slug
 from retinar.bench.table3.plan import Plan
 from retinar.engine.errors import InputError
 from retinar.engine.progress import silent
+from retinar.train.budget import short_average
 from retinar.train.data.phantoms import write_phantoms
 
 pytest.importorskip("cleanfid", reason="the package clean-fid is missing (pip install 'retinar[metrics]')")
@@ -138,6 +140,12 @@ def test_from_photographs_to_the_table_with_a_kill_on_the_way(
 
     with pytest.raises(InputError, match=r"another seed.*choose another --out"):
         compare(asked(photographs, out, network, seed=1), silent)
+    with pytest.raises(InputError, match=r"another budget.*choose another --out"):
+        compare(asked(photographs, out, network, budget=9.0), silent)
+    others = tmp_path / "others"
+    write_phantoms(others, {split: {"healthy": 9, "npdr": 9} for split in comparison.SPLITS}, size=32, progress=silent)
+    with pytest.raises(InputError, match=r"found others in .*give the same --data"):
+        compare(asked(others, out, network), silent)
 
 
 def test_trained_checkpoints_in_the_place_of_trainings(photographs: Path, network: Path, tmp_path: Path) -> None:
@@ -165,6 +173,8 @@ def test_trained_checkpoints_in_the_place_of_trainings(photographs: Path, networ
     ("changes", "sentence"),
     [
         ({"budget": 0.0}, "--budget above 0"),
+        ({"budget": float("inf")}, "--budget above 0"),
+        ({"seed": -1}, "the seed must lie between"),
         ({"tune": -1}, "--tune of at least 0"),
         ({"tune": 1}, "at least 2 images a class"),
         ({"count": 6}, "--count of at least 7"),
@@ -205,6 +215,32 @@ def test_a_plan_adds_up_the_time_of_interrupted_stages(tmp_path: Path) -> None:
     (tmp_path / "out" / "plan.json").write_text("{")
     with pytest.raises(InputError, match="a damaged one"):
         Plan.open(tmp_path / "out", {"seed": 0})
+
+
+def test_a_model_without_a_null_class_is_not_guided(tmp_path: Path) -> None:
+    sets = ("model.null_class=false", "model.class_dropout_prob=0", "model.diffusion_steps=2")
+    parts = ("gpt", "iddpm")
+    job = methods.Job(
+        tmp_path, "cpu", 1.0, tuple(f"{part}.{text}" for part in parts for text in sets[: 2 + (part == "iddpm")])
+    )
+    assert [dict(each) for each in methods.Autoregressive("cpu").settings(job)] == [{"cfg_scale": 1.0}]
+    [setting] = methods.Baseline(("iddpm-tiny",)).settings(job)
+    assert dict(setting) == {"cfg_scale": 1.0, "steps": 2, "method": "ancestral"}
+
+
+def test_without_vgg_the_tokenizer_is_trained_without_the_perceptual_loss(tmp_path: Path) -> None:
+    asked = Comparison(tmp_path, tmp_path / "out")
+    assert list(comparison._without_vgg(asked)) == ["tokenizer.perceptual=none"]
+    assert not comparison._without_vgg(replace(asked, sets=("tokenizer.perceptual=vgg",)))
+    assert not comparison._without_vgg(replace(asked, tokenizer=tmp_path))
+
+
+def test_a_short_training_has_a_short_average() -> None:
+    assert short_average(None, 10) is None
+    assert short_average(0.99, 2400) == 0.99
+    decay = short_average(0.9999, 3600)
+    assert decay is not None and decay**3600 < 0.01
+    assert short_average(0.99, 1) == 0.5
 
 
 def test_settings_name_their_folders() -> None:

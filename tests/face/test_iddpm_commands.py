@@ -65,6 +65,10 @@ def test_generate_and_reproduce(run: Path, shell: Shell, tmp_path: Path) -> None
     assert parameters == {"steps": 3, "sampler": "ddim", "eta": 0.5, "cfg_scale": 1.5}
     again = json.loads(shell("reproduce", out / "images/npdr/000001.png", "--json").out)
     assert again["equal"] and again["verdict"] == "equal: the same pixels"
+    shell.refused("reproduce", out / "images/npdr/000001.png", "--model", tmp_path / "gone", words="check the path")
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"model": str(tmp_path / "gone")}))
+    shell.refused("reproduce", out / "images/npdr/000001.png", words="name it with --model")
     shell.refused("reproduce", out / "images/npdr/000001.png", "--tokenizer", model, words="leave out --tokenizer")
     both = shell(*line[:3], "--count", 1, "--steps", 2, "--out", tmp_path / "both", "--device", "cpu", "--json")
     assert json.loads(both.out)["images"] == 2, "every class that the checkpoint names"
@@ -73,6 +77,7 @@ def test_generate_and_reproduce(run: Path, shell: Shell, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (("--top-k", "0"), "--top-k means nothing"),
         (("--top-k", "5"), "--top-k means nothing for a diffusion model"),
         (("--temperature", "1"), "--temperature means nothing"),
         (("--tokenizer", "x"), "--tokenizer means nothing"),

@@ -94,12 +94,13 @@ def test_from_photographs_to_samples_with_a_kill_in_every_stage(
         release(asked(photographs, out, sets=(*SETS, "gpt.seed=1")), silent)
 
 
-def test_a_training_stopped_by_hand_stops_everything(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reason", ["interrupted", "terminated"])
+def test_a_training_that_was_stopped_stops_everything(
+    reason: Any, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from retinar.train.loop import RunResult
 
-    stopped = RunResult(2, 4, "interrupted", {}, None)
+    stopped = RunResult(2, 4, reason, {}, None)
     monkeypatch.setattr(released, "train_tokenizer", lambda *_, **__: stopped)
     with pytest.raises(KeyboardInterrupt):
         release(asked(photographs, tmp_path / "out"), silent)

@@ -29,10 +29,25 @@ KIND = "iddpm"
 
 def is_iddpm(path: Path | str, config: str | None = None) -> bool:
     """Whether ``path`` is to be read by :func:`load_iddpm`: a folder whose config.json says so, or a file whose
-    ``config`` names one of its sizes. InputError for a folder that is no checkpoint."""
+    ``config`` names one of its sizes or is a JSON file with its fields. InputError for a folder that is no checkpoint.
+    """
     if is_folder(Path(path)):
         return bool(read_config(path)["kind"] == KIND)
-    return config is not None and config.lower() in {name.lower() for name in IDDPM_SIZES}
+    if config is None or config.lower() in {name.lower() for name in IDDPM_SIZES}:
+        return config is not None
+    if not Path(config).is_file():
+        return False
+    try:
+        return not {"num_channels", "noise_schedule", "diffusion_steps"}.isdisjoint(_stated(Path(config)))
+    except ValueError:  # no JSON: whoever reads the file as a config says so
+        return False
+
+
+def _stated(file: Path) -> Mapping[str, Any]:
+    """The fields of a JSON file, or of the config in it."""
+    value = json.loads(file.read_text(encoding="utf-8"))
+    inner = value.get("config", value) if isinstance(value, dict) else {}
+    return inner if isinstance(inner, dict) else {}
 
 
 def load_iddpm(
@@ -48,6 +63,8 @@ def load_iddpm(
     Raises InputError for a file that is missing, damaged, unsafe or another model, and for a .pt file without config.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"Expected a checkpoint at {path}, found none: check the path.")
     if is_folder(path):
         stored = read_config(path)
         expect_kind(path, KIND, stored["kind"])
@@ -69,8 +86,6 @@ def load_iddpm(
 def _read_public(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"Expected a checkpoint at {path}, found none: check the path.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(
             f"Expected a state dict in {path}, found something unsafe or damaged: give another."
